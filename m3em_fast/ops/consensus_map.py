@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import numbers
+
+import torch
+from torch import Tensor
+
+from m3em_fast import reference
+from m3em_fast.ops import _checks
+
+_OP = "consensus_map"
+
+
+def consensus_map(
+    a: Tensor, b: Tensor, num_scales: int | None = None, *, center: bool = False, eps: float = 1e-8
+) -> Tensor:
+    """Where two feature maps agree: cosine similarity over channels at several scales, upsampled and summed.
+
+    Equation 5 of the M3EM report. For ``k = 0 .. num_scales-1`` both maps are reduced by adaptive average pooling to
+    ``(max(1, H >> k), max(1, W >> k))`` (scale 0 is the map itself), the cosine over channels is taken at every
+    position, the result goes back to (H,W) by bilinear interpolation (``align_corners=False``), and the scales are
+    summed. Values lie in ``[-num_scales, num_scales]``.
+
+    Args:
+        a, b: (N,D,H,W) of one shape, dtype and device; their memory layouts may differ. N may be 0. float32 and
+            bfloat16 are specified for ``|x| <= 1e17`` (beyond, squares overflow); float16 for every finite input.
+        num_scales: 1 to ``1 + floor(log2(max(H, W)))``. None: 3, or that limit where it is smaller.
+        center: remove the mean over channels at every position first. The report's text speaks of the Pearson
+            coefficient, which this is; its equation 5 is the plain cosine, the default.
+        eps: where a norm over channels is below ``eps``, that position and scale contribute 0 and pass no gradient.
+            ``F.cosine_similarity`` differs there: it divides by ``eps``, and a gradient of ``1/eps`` overflows
+            float16. NaN and infinity are never taken for small: they reach the output and the gradient.
+
+    Returns:
+        (N,1,H,W) in the dtype of ``a`` and ``b``; under CUDA autocast float32, as ``F.cosine_similarity`` gives.
+
+    Raises:
+        TypeError: no floating-point tensors, different dtypes, or an option of the wrong type.
+        ValueError: shapes or devices differ, ``num_scales`` is out of range, or ``eps`` is not positive.
+    """
+    _checks.tensor(_OP, "a", a, 4, "(N,D,H,W)")
+    _checks.tensor(_OP, "b", b, 4, "(N,D,H,W)")
+    if b.dtype != a.dtype:
+        raise TypeError(
+            f"{_OP}: b must have the dtype of a ({_checks.name_of(a.dtype)}), got {_checks.name_of(b.dtype)}"
+        )
+    if b.shape != a.shape:
+        raise ValueError(f"{_OP}: b must have the shape of a {tuple(a.shape)}, got {tuple(b.shape)}")
+    _checks.same_device(_OP, "b", b, "a", a)
+    if not isinstance(center, bool):
+        raise TypeError(f"{_OP}: center must be True or False, got {center!r}")
+    if isinstance(eps, bool) or not isinstance(eps, numbers.Real):
+        raise TypeError(f"{_OP}: eps must be a positive number, got {eps!r}")
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"{_OP}: eps must be a positive, finite number, got {eps!r}")
+    scales = resolve_num_scales(num_scales, a.shape[2], a.shape[3])
+    out_dtype = torch.float32 if a.is_cuda and torch.is_autocast_enabled("cuda") else a.dtype
+    if a.dtype == torch.float64:
+        out_dtype = a.dtype
+    return reference.consensus_map(a, b, scales, center, float(eps), out_dtype)
+
+
+def resolve_num_scales(num_scales: int | None, height: int, width: int) -> int:
+    """The number of scales to use on an (H,W) map, or the reason why ``num_scales`` cannot be served."""
+    limit = reference.num_scales_limit(height, width)
+    if num_scales is None:
+        return min(3, limit)
+    if isinstance(num_scales, bool) or not isinstance(num_scales, numbers.Integral):
+        raise TypeError(f"{_OP}: num_scales must be an integer or None, got {num_scales!r}")
+    if not 1 <= num_scales <= limit:
+        raise ValueError(
+            f"{_OP}: num_scales must be from 1 to {limit} on a map of {height}x{width} "
+            f"(limit = 1 + floor(log2(max(H, W)))), got {num_scales}"
+        )
+    return int(num_scales)

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from m3em_fast import reference
+from m3em_fast.ops import _checks
+
+
+def gated_consensus_pool(x: Tensor, gates: Sequence[Tensor], cmap: Tensor | None = None) -> Tensor:
+    """``consensus_pool(channel_gate(x, *gates), cmap)`` without the gated tensor.
+
+    Pooling commutes with gating, so the vector pooled once is multiplied by each gate.
+
+    Args:
+        x: (N,C,H,W) in float64, float32, float16 or bfloat16. N may be 0.
+        gates: G >= 1 tensors (N,C), each in the dtype of ``x``, or float32 beside a half ``x``.
+        cmap: (N,1,H,W) in the dtype of ``x``, or float32 beside a half ``x``; or None for the plain mean.
+
+    Returns:
+        (N, G*C), float32 if any input is float32, else in the dtype of ``x``.
+
+    Raises:
+        TypeError: something is no floating-point tensor, or a dtype does not go with that of ``x``.
+        ValueError: no gate, or a shape or device that differs from what ``x`` asks for.
+    """
+    _checks.tensor("gated_consensus_pool", "x", x, 4, "(N,C,H,W)")
+    gates = _checks.gates("gated_consensus_pool", gates, x)
+    if cmap is not None:
+        _checks.consensus("gated_consensus_pool", cmap, x)
+    return reference.gated_consensus_pool(x, gates, cmap)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from m3em_fast import reference
+from m3em_fast.ops import _checks
+
+_OP = "gated_projection"
+
+
+def gated_projection(x: Tensor, gates: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The 1x1 convolution of ``channel_gate(x, *gates)``.
+
+    The projection of the refined features into the latent space of the consensus module (M3EM report, section 2.2).
+
+    Args:
+        x: (N,C,H,W) in float64, float32, float16 or bfloat16. N may be 0.
+        gates: G >= 1 tensors (N,C), each in the dtype of ``x``, or float32 beside a half ``x``.
+        weight: (D, G*C) in the dtype of ``x``, or float32 beside a half ``x``. Column ``g*C + c`` meets
+            ``gates[g][:, c] * x[:, c]``.
+        bias: (D,) in the dtype of ``weight``, or None.
+
+    Returns:
+        (N,D,H,W) in the dtype of ``weight`` and the memory format of ``x``. Under autocast ``x``, ``weight`` and
+        ``bias`` are cast to the autocast dtype as ``F.conv2d`` does (float64 is left alone), and the result has it.
+
+    Raises:
+        TypeError: something is no floating-point tensor, or a dtype does not go with that of ``x``.
+        ValueError: no gate, or a shape or device that differs from what ``x`` asks for.
+    """
+    _checks.tensor(_OP, "x", x, 4, "(N,C,H,W)")
+    _checks.tensor(_OP, "weight", weight, 2, "(D, G*C)")
+    if bias is not None:
+        _checks.tensor(_OP, "bias", bias, 1, "(D,)")
+    device = x.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        half = torch.get_autocast_dtype(device)
+        x, weight = x.to(half), weight.to(half)
+        bias = None if bias is None else bias.to(half)
+        # Gates made in another half dtype than autocast's have no place beside x; float32 has, and loses nothing.
+        if isinstance(gates, (list, tuple)):
+            gates = [g.float() if isinstance(g, Tensor) and g.dtype in _checks.HALVES else g for g in gates]
+    gates = _checks.gates(_OP, gates, x)
+    _checks.beside(_OP, "weight", weight, "x", x)
+    if weight.shape[1] != len(gates) * x.shape[1]:
+        raise ValueError(
+            f"{_OP}: weight must be (D, G*C) with G*C = {len(gates)}*{x.shape[1]} = {len(gates) * x.shape[1]} "
+            f"for this x and these gates, got {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        _checks.same_device(_OP, "bias", bias, "weight", weight)
+        if bias.dtype != weight.dtype:
+            raise TypeError(
+                f"{_OP}: bias must have the dtype of weight ({_checks.name_of(weight.dtype)}), "
+                f"got {_checks.name_of(bias.dtype)}"
+            )
+        if bias.shape[0] != weight.shape[0]:
+            raise ValueError(f"{_OP}: bias must be (D,) = ({weight.shape[0]},) like weight, got {tuple(bias.shape)}")
+    return reference.gated_projection(x, gates, weight, bias)

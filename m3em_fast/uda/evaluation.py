@@ -1,0 +1,84 @@
+"""Top-1 and top-5 accuracy of verbs, nouns and actions, and the floor that a constant answer reaches."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_accuracy
+from tqdm import tqdm
+
+from m3em_fast.uda.fusion import action_scores
+
+if TYPE_CHECKING:
+    from m3em_fast.data.store import FeatureStore
+    from m3em_fast.uda.model import ActionModel
+
+__all__ = ["METRICS", "TOP", "accuracies", "evaluate", "majority_floor", "predict"]
+
+TOP = (1, 5)
+METRICS = tuple(f"{kind}_top{k}" for kind in ("verb", "noun", "action") for k in TOP)
+
+
+def accuracies(verb_logits: Tensor, noun_logits: Tensor, verb: Tensor, noun: Tensor) -> dict[str, float]:
+    """Accuracies in percent over clips: (B, verbs) and (B, nouns) fused logits against (B,) labels.
+
+    An action is right when verb and noun are; pairs are ranked by the sum of both log-softmax scores. With fewer than
+    five classes top-5 is 100.
+    """
+    num_nouns = noun_logits.shape[1]
+    scores = {
+        "verb": (verb_logits.double(), verb),
+        "noun": (noun_logits.double(), noun),
+        "action": (action_scores(verb_logits, noun_logits), verb * num_nouns + noun),
+    }
+    result = {}
+    for kind, (score, label) in scores.items():
+        classes = score.shape[1]
+        for k in TOP:
+            value = multiclass_accuracy(score, label, num_classes=classes, top_k=min(k, classes), average="micro")
+            result[f"{kind}_top{k}"] = 100.0 * value.item()
+    return result
+
+
+def majority_floor(verb: np.ndarray, noun: np.ndarray) -> dict[str, float]:
+    """What the most frequent class (the five most frequent, for top-5) of these very labels would score, in percent."""
+    result = {}
+    for kind, label in {"verb": verb, "noun": noun, "action": verb * (noun.max() + 1) + noun}.items():
+        counts = np.sort(np.unique(label, return_counts=True)[1])[::-1]
+        for k in TOP:
+            result[f"{kind}_top{k}"] = 100.0 * float(counts[:k].sum()) / len(label)
+    return result
+
+
+@torch.no_grad()
+def predict(
+    model: ActionModel, store: FeatureStore, *, batch: int, device: torch.device, autocast: AbstractContextManager
+) -> tuple[Tensor, Tensor]:
+    """Fused float32 logits, (clips, verbs) and (clips, nouns), of a whole store."""
+    training = model.training
+    model.eval()
+    verbs, nouns = [], []
+    # delay: no bar for what takes under two seconds anyway.
+    for start in tqdm(range(0, len(store), batch), "evaluate", unit="batch", leave=False, delay=2):
+        indices = np.arange(start, min(start + batch, len(store)))
+        features = store.read(indices, model.modalities, frames=model.num_segments)
+        with autocast:
+            out = model({name: x.to(device) for name, x in features.items()})
+        verbs.append(out.verb.float().cpu())
+        nouns.append(out.noun.float().cpu())
+    model.train(training)
+    return torch.cat(verbs), torch.cat(nouns)
+
+
+def evaluate(
+    model: ActionModel, store: FeatureStore, *, batch: int, device: torch.device, autocast: AbstractContextManager
+) -> dict[str, float]:
+    """Accuracies of the model on a labelled store, in percent."""
+    if store.labels is None:
+        raise ValueError(f"evaluate: the feature store of {len(store)} clips has no labels to compare with")
+    verb, noun = predict(model, store, batch=batch, device=device, autocast=autocast)
+    return accuracies(verb, noun, torch.from_numpy(store.labels["verb"]), torch.from_numpy(store.labels["noun"]))

@@ -1,0 +1,204 @@
+"""Tables and pictures of runs: ``python -m m3em_fast.uda.report RUN [RUN ...]`` compares what train.py left behind."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: a training machine may have no display
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from m3em_fast.data.store import FeatureStore
+    from m3em_fast.uda.model import ActionModel
+
+__all__ = ["compare", "draw_consensus", "draw_curves", "load_metrics", "print_table"]
+
+KINDS = ("verb", "noun", "action")
+SPLITS = {"source_val": "source validation", "target_test": "target test"}
+FLOOR = "majority class"
+ORDER = ("source_only", "ta3n", "m3em")
+COLOURS = {"verb": "tab:blue", "noun": "tab:orange", "action": "tab:green"}
+
+
+class ReportError(ValueError):
+    """A folder that holds no finished run; the message is one sentence."""
+
+
+def load_metrics(run: Path) -> dict[str, Any]:
+    """``metrics.json`` of a finished run."""
+    path = run / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text())
+        assert {"method", "results", "floor", "history"} <= set(metrics)
+    except FileNotFoundError as error:
+        raise ReportError(f"{path} does not exist: {run} holds no finished run of train.py.") from error
+    except (OSError, ValueError, AssertionError, TypeError) as error:
+        raise ReportError(f"{path} is no metrics file of train.py.") from error
+    return metrics
+
+
+def compare(runs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of "top-1 / top-5" in percent: the majority-class floor, then one row a run."""
+    header = ["method"] + [f"{SPLITS[split]}: {kind}" for split in SPLITS for kind in KINDS]
+
+    def row(name: str, scores: dict[str, dict[str, float]]) -> list[str]:
+        cells = [f"{scores[s][f'{k}_top1']:.1f} / {scores[s][f'{k}_top5']:.1f}" for s in SPLITS for k in KINDS]
+        return [name, *cells]
+
+    return header, [row(FLOOR, runs[0]["floor"])] + [row(m["method"], m["results"]) for m in runs]
+
+
+def ordering(runs: list[dict[str, Any]]) -> str | None:
+    """Whether source_only < ta3n < m3em in target action top-1, in words; None where one of them is missing."""
+    found = {m["method"]: m["results"]["target_test"]["action_top1"] for m in runs}
+    if any(name not in found for name in ORDER):
+        return None
+    values = [found[name] for name in ORDER]
+    chain = " < ".join(f"{name} {value:.1f}" for name, value in zip(ORDER, values, strict=True))
+    holds = values[0] < values[1] < values[2]
+    return f"Target action top-1: {chain}: {'holds' if holds else 'does NOT hold'} in this run."
+
+
+def print_table(runs: list[Path]) -> list[dict[str, Any]]:
+    metrics = [load_metrics(run) for run in runs]
+    header, rows = compare(metrics)
+    table = Table(title="Accuracy in percent, top-1 / top-5, last epoch", header_style="bold")
+    for i, name in enumerate(header):
+        table.add_column(name.replace(": ", "\n"), justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for i, cells in enumerate(rows):
+        table.add_row(*cells, style="dim" if i == 0 else None)
+    # A log file has no width of its own, and 80 columns would cut every cell in two.
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(table)
+    if sentence := ordering(metrics):
+        console.print(sentence)
+    return metrics
+
+
+def markdown(metrics: list[dict[str, Any]]) -> str:
+    header, rows = compare(metrics)
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" + "---:|" * (len(header) - 1)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in rows]
+    if sentence := ordering(metrics):
+        lines += ["", sentence]
+    return "\n".join(lines) + "\n"
+
+
+def draw_curves(run: Path) -> Figure:
+    """Loss terms and accuracies of a run over epochs, saved as ``curves.png``."""
+    metrics = load_metrics(run)
+    history = metrics["history"]
+    epochs = len(history["source_val"])
+    steps = max(1, len(history["terms"]) // max(1, epochs))
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    for name in history["terms"][0]:
+        values = np.array([terms[name] for terms in history["terms"]])
+        x = np.arange(1, len(values) + 1) / steps
+        (line,) = axes[0].plot(x, values, alpha=0.2, linewidth=0.8)
+        means = values[: epochs * steps].reshape(epochs, steps).mean(1)
+        axes[0].plot(np.arange(1, epochs + 1) - 0.5, means, color=line.get_color(), label=name.replace("_", " "))
+    axes[0].set(title=f"{metrics['method']}: loss terms, summed over streams", xlabel="epoch")
+    axes[0].legend(fontsize=8)
+    for axis, (split, title) in zip(axes[1:], SPLITS.items(), strict=True):
+        for kind in KINDS:
+            values = np.array([scores[f"{kind}_top1"] for scores in history[split]])
+            axis.plot(np.arange(1, epochs + 1), values, marker=".", color=COLOURS[kind], label=kind)
+            axis.axhline(metrics["floor"][split][f"{kind}_top1"], color=COLOURS[kind], linestyle=":", linewidth=1)
+        axis.set(title=f"{title}: top-1 (dotted: {FLOOR})", xlabel="epoch", ylabel="%", ylim=(0, 100))
+        axis.legend(fontsize=8)
+    figure.savefig(run / "curves.png", dpi=110)
+    plt.close(figure)
+    return figure
+
+
+@torch.no_grad()
+def draw_consensus(
+    run: Path, model: ActionModel, store: FeatureStore, device: torch.device, clips: int = 4
+) -> Figure | None:
+    """Frames of a few clips, each above itself under its consensus weight 1 + C, saved as ``consensus.png``.
+
+    None where the frames are not to be had: the digits benchmark renders them again from its seed, other feature
+    stores hold no frames.
+    """
+    if store.meta.get("benchmark") != "digits" or store.labels is None:
+        return None
+    from m3em_fast.data.digits import NOUNS, VERBS, DigitsConfig, load_frames
+
+    indices = np.linspace(0, len(store) - 1, clips).astype(int)
+    frames, _ = load_frames(DigitsConfig(**store.meta["config"]), store.meta["split"], indices)
+    training = model.training
+    model.eval()
+    features = store.read(indices, model.modalities, frames=model.num_segments)
+    out = model({name: x.to(device) for name, x in features.items()})
+    model.train(training)
+    assert out.consensus is not None
+    weight = 1.0 + out.consensus.float().cpu().numpy()
+    limit = float(np.abs(weight).max())
+    count = frames.shape[1]
+    figure, axes = plt.subplots(2 * clips, count, figsize=(1.5 * count + 1.4, 3.1 * clips), layout="constrained")
+    height, width = frames.shape[2:4]
+    image = None
+    for row, index in enumerate(indices):
+        for column in range(count):
+            for axis in axes[2 * row : 2 * row + 2, column]:
+                axis.set_axis_off()
+            axes[2 * row, column].imshow(frames[row, column])
+            axes[2 * row + 1, column].imshow(frames[row, column].mean(-1), cmap="gray", vmin=0, vmax=255)
+            image = axes[2 * row + 1, column].imshow(
+                weight[row, column],
+                cmap="RdYlGn",
+                vmin=-limit,
+                vmax=limit,
+                alpha=0.55,
+                interpolation="bilinear",
+                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+            )
+        verb, noun = int(out.verb[row].argmax()), int(out.noun[row].argmax())
+        truth = f"{VERBS[store.labels['verb'][index]]} {NOUNS[store.labels['noun'][index]]}"
+        axes[2 * row, 0].set_title(f"{truth}  (predicted: {VERBS[verb]} {NOUNS[noun]})", loc="left", fontsize=9)
+    figure.colorbar(image, ax=axes, shrink=0.3, label="weight 1 + C of a position in the pooling")
+    figure.suptitle("Where RGB and flow agree: consensus maps on target test clips", fontsize=11)
+    figure.savefig(run / "consensus.png", dpi=110)
+    plt.close(figure)
+    return figure
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare finished runs of train.py in one table."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders."""
+    markdown: Path | None = None
+    """Also write the table as Markdown to this file."""
+
+
+def main() -> int:
+    options = tyro.cli(Options)
+    try:
+        if not options.runs:
+            raise ReportError("name at least one run folder.")
+        metrics = print_table(list(options.runs))
+        if options.markdown is not None:
+            options.markdown.write_text(markdown(metrics))
+    except (ReportError, OSError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""The modules against the report's equations written out in plain torch, and against what torch does to modules."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from m3em_fast import nn as mnn
+from m3em_fast.nn import CrossModalityConsensus, MutualEnhancement, SemanticMutualRefinement
+from m3em_fast.ops import consensus_pool
+
+SPATIAL = {"RGB": 12, "Flow": 8}
+VECTOR = {"Audio": 10}
+
+
+def make_features(n=3, height=7, width=7, dtype=torch.float64, spatial=SPATIAL, vector=VECTOR):
+    generator = torch.Generator().manual_seed(n)
+    maps = {k: torch.randn(n, c, height, width, generator=generator, dtype=torch.float64) for k, c in spatial.items()}
+    vectors = {k: torch.randn(n, c, generator=generator, dtype=torch.float64) for k, c in vector.items()}
+    return {k: x.to(dtype) for k, x in {**maps, **vectors}.items()}
+
+
+def make_module(seed=0, spatial=SPATIAL, vector=VECTOR, dtype=torch.float64, **options):
+    torch.manual_seed(seed)
+    options = {"latent_channels": 6, "reduction": 2, **options}
+    return MutualEnhancement(spatial, vector, **options).to(dtype)
+
+
+def written_out(module, features):
+    """Equations 1 to 5 and the residual pooling, with the refined maps made in full."""
+    weights = module.state_dict()
+    pooled = {k: x.mean((2, 3)) if x.dim() == 4 else x for k, x in features.items()}
+
+    def gate(kind, name, x):
+        hidden = torch.relu(x @ weights[f"smr.{kind}.{name}.0.weight"].T)
+        return torch.sigmoid(hidden @ weights[f"smr.{kind}.{name}.2.weight"].T)
+
+    refined = {}
+    for name, x in features.items():
+        others = torch.cat([pooled[k] for k in features if k != name], 1)
+        both = (gate("self_gates", name, pooled[name]), gate("cross_gates", name, others))
+        shape = (..., None, None) if x.dim() == 4 else (...,)
+        refined[name] = torch.cat([x * t[shape] for t in both], 1)
+    spatial = [k for k, x in features.items() if x.dim() == 4]
+    latent = {k: F.conv2d(refined[k], weights[f"cmc.projections.{k}.weight"][:, :, None, None]) for k in spatial}
+    height, width = features[spatial[0]].shape[2:]
+    consensus = 0
+    for a, b in itertools.combinations(spatial, 2):
+        for k in range(min(3, max(height, width).bit_length())):
+            size = (max(1, height >> k), max(1, width >> k))
+            cosine = F.cosine_similarity(*(F.adaptive_avg_pool2d(latent[m], size) for m in (a, b)))
+            consensus = consensus + F.interpolate(cosine[:, None], (height, width), mode="bilinear")
+    vectors = {k: ((1 + consensus) * x).mean((2, 3)) if x.dim() == 4 else x for k, x in refined.items()}
+    return vectors, consensus
+
+
+@pytest.mark.parametrize("size", [(7, 7), (14, 6), (1, 1)], ids=str)
+@pytest.mark.parametrize("spatial", [SPATIAL, {**SPATIAL, "Depth": 4}], ids=["pair", "three"])
+def test_m3em_is_what_the_equations_say(spatial, size):
+    module = make_module(spatial=spatial)
+    features = make_features(height=size[0], width=size[1], spatial=spatial)
+    out = module(features)
+    vectors, consensus = written_out(module, features)
+    torch.testing.assert_close(out.consensus, consensus, rtol=1e-11, atol=1e-12)
+    assert set(out.vectors) == set(vectors)
+    for name, expected in vectors.items():
+        assert out.vectors[name].shape == (3, module.out_channels[name])
+        torch.testing.assert_close(out.vectors[name], expected, rtol=1e-11, atol=1e-12)
+
+
+def test_gradients_of_every_parameter_and_input_agree_with_the_equations():
+    module = make_module()
+    features = {k: x.requires_grad_() for k, x in make_features().items()}
+    leaves = [*module.parameters(), *features.values()]
+
+    def loss(vectors, consensus):
+        return sum(x.square().sum() for x in vectors.values()) + consensus.square().sum()
+
+    expected = None
+    # The written-out form reads the state_dict, which is detached; here it must be the parameters themselves.
+    named = dict(module.named_parameters())
+    module.state_dict = lambda: named
+    expected = torch.autograd.grad(loss(*written_out(module, features)), leaves)
+    for got, want in zip(torch.autograd.grad(loss(*module(features)), leaves), expected, strict=True):
+        assert want.abs().max() > 0
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
+def test_consensus_of_refined_maps_equals_consensus_with_gates():
+    module = make_module()
+    features = make_features()
+    refined = module.smr(features)
+    assert refined["RGB"].shape == (3, 24, 7, 7) and refined["Audio"].shape == (3, 20)
+    plain = CrossModalityConsensus({"RGB": 24, "Flow": 16}, 6).double()
+    plain.load_state_dict(module.cmc.state_dict())
+    pooled, consensus = plain({k: refined[k] for k in SPATIAL})
+    out = module(features)
+    torch.testing.assert_close(consensus, out.consensus, rtol=1e-11, atol=1e-12)
+    for name in SPATIAL:
+        torch.testing.assert_close(pooled[name], out.vectors[name], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(refined["Audio"], out.vectors["Audio"], rtol=0, atol=0)
+
+
+def test_modules_can_be_left_out_and_then_have_no_parameters():
+    features = make_features()
+    neither = make_module(smr=False, cmc=False)
+    assert not list(neither.parameters())
+    out = neither(features)
+    assert out.consensus is None
+    torch.testing.assert_close(out.vectors["RGB"], features["RGB"].mean((2, 3)))
+    assert out.vectors["Audio"] is features["Audio"]
+
+    smr = make_module(cmc=False)
+    assert all(name.startswith("smr.") for name in smr.state_dict())
+    full = make_module()
+    full.load_state_dict(smr.state_dict(), strict=False)
+    gates = full.smr.gates({k: x.mean((2, 3)) if x.dim() == 4 else x for k, x in features.items()})
+    pooled = features["Flow"].mean((2, 3))
+    torch.testing.assert_close(smr(features).vectors["Flow"], torch.cat([pooled * g for g in gates["Flow"]], 1))
+
+    cmc = make_module(smr=False)
+    assert all(name.startswith("cmc.") for name in cmc.state_dict())
+    out = cmc(features)
+    torch.testing.assert_close(out.vectors["RGB"], consensus_pool(features["RGB"], out.consensus))
+    assert cmc.out_channels == {"RGB": 12, "Flow": 8, "Audio": 10}
+
+
+def test_parameter_counts_of_the_report():
+    smr = SemanticMutualRefinement({"RGB": 1024, "Flow": 1024, "Audio": 1024})
+    count = {k: sum(p.numel() for p in m.parameters()) for k, m in smr.self_gates.items()}
+    assert set(count.values()) == {131_072}
+    assert sum(p.numel() for p in smr.cross_gates["RGB"].parameters()) == 196_608
+    assert sum(p.numel() for p in smr.parameters()) == 983_040
+
+
+def test_options_reach_the_ops():
+    features = make_features()
+    base = make_module()
+    assert not torch.equal(make_module(num_scales=1)(features).consensus, base(features).consensus)
+    assert not torch.equal(make_module(center=True)(features).consensus, base(features).consensus)
+    biased = make_module(gate_bias=True, projection_bias=True)
+    added = set(biased.state_dict()) - set(base.state_dict())
+    assert added and all(name.endswith(".bias") for name in added)
+    small = make_module(init="ta3n", gate_bias=True)
+    weights = torch.cat([p.flatten() for n, p in small.named_parameters() if n.endswith("weight")])
+    assert 0.0008 < weights.std() < 0.0012
+    assert all(not p.any() for n, p in small.named_parameters() if n.endswith("bias"))
+
+
+def test_one_modality_has_no_other_to_ask():
+    smr = SemanticMutualRefinement({"RGB": 8}, reduction=100)
+    assert smr.num_gates == 1 and smr.self_gates["RGB"][0].out_features == 1
+    x = torch.rand(2, 8, 3, 3)
+    assert smr({"RGB": x})["RGB"].shape == (2, 8, 3, 3)
+
+
+def test_state_dict_deepcopy_and_load():
+    module = make_module()
+    names = set(module.state_dict())
+    assert {"smr.self_gates.RGB.0.weight", "smr.cross_gates.Audio.2.weight", "cmc.projections.Flow.weight"} <= names
+    assert len(names) == 2 * 2 * 3 + 2
+    features = make_features()
+    twin = copy.deepcopy(module)
+    other = make_module(seed=1)
+    assert not torch.equal(other(features).consensus, module(features).consensus)
+    other.load_state_dict(module.state_dict())
+    for copied in (twin, other):
+        assert torch.equal(copied(features).consensus, module(features).consensus)
+    with torch.no_grad():
+        next(module.parameters()).add_(1.0)
+    assert not torch.equal(twin(features).vectors["RGB"], module(features).vectors["RGB"])
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_half_features_beside_float32_parameters_are_read_as_they_are(half):
+    module = make_module(dtype=torch.float32)
+    features = make_features(dtype=half)
+    out = module(features)
+    exact = make_module()({k: x.double() for k, x in features.items()})
+    assert out.consensus.dtype == torch.float32
+    torch.testing.assert_close(out.consensus.double(), exact.consensus, rtol=0, atol=0.01)
+    for name, x in out.vectors.items():
+        assert x.dtype == torch.float32
+        torch.testing.assert_close(x.double(), exact.vectors[name], rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inputs", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_autocast(half, inputs):
+    module = make_module(dtype=torch.float32)
+    features = make_features(dtype=inputs)
+    exact = make_module()({k: x.double() for k, x in features.items()})
+    with torch.autocast("cpu", dtype=half):
+        out = module(features)
+    assert out.consensus.dtype == half  # float32 on CUDA
+    torch.testing.assert_close(out.consensus.double(), exact.consensus, rtol=0, atol=0.06)
+    sum(x.float().sum() for x in out.vectors.values()).backward()
+    for p in module.parameters():
+        assert p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+
+
+def test_a_clip_does_not_depend_on_the_others():
+    module = make_module()
+    features = make_features(n=5)
+    whole = module(features)
+    alone = module({k: x[3:4] for k, x in features.items()})
+    torch.testing.assert_close(alone.consensus, whole.consensus[3:4], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(alone.vectors["Audio"], whole.vectors["Audio"][3:4], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.xdist_group("compile")
+def test_compiles_whole_with_gradients_and_any_number_of_clips():
+    module = make_module(dtype=torch.float32, spatial={"RGB": 8, "Flow": 8}, num_scales=2)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    torch._dynamo.utils.counters.clear()
+
+    def run(f, features):
+        out = f(features)
+        loss = sum(x.square().sum() for x in out.vectors.values()) + out.consensus.sum()
+        return out, torch.autograd.grad(loss, list(module.parameters()))
+
+    for n in (6, 5, 3):  # none equal to the height: equal sizes become one symbol, and the next n a new graph
+        features = make_features(n=n, height=4, width=4, dtype=torch.float32, spatial={"RGB": 8, "Flow": 8})
+        (out, grads), (wanted, wanted_grads) = run(compiled, features), run(module, features)
+        torch.testing.assert_close(out.consensus, wanted.consensus, rtol=1e-5, atol=1e-5)
+        for got, want in zip(grads, wanted_grads, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_errors_name_what_where_and_what_was_expected():
+    module = make_module()
+    features = make_features()
+    cases = [
+        (lambda: module({"RGB": features["RGB"]}), r"modalities \['Audio', 'Flow', 'RGB'\], got \['RGB'\]"),
+        (lambda: module({**features, "RGB": features["Flow"]}), r"features\['RGB'\] must have 12 channels.*\(3, 8"),
+        (lambda: module({**features, "RGB": features["RGB"][:2]}), r"must have N = 2|must have N = 3"),
+        (lambda: module({**features, "Audio": features["RGB"][:, :10]}), r"features\['Audio'\] must be \(N,C\), got"),
+        (lambda: module({**features, "Audio": features["Audio"][:, None]}), r"features\['Audio'\] must be"),
+        (
+            lambda: module({**features, "Flow": features["Flow"][..., :6]}),
+            r"'Flow'\] must have the map size of 'RGB' \(7, 7\), got",
+        ),
+        (lambda: CrossModalityConsensus({"RGB": 4}), r"at least two spatial modalities.*\['RGB'\]"),
+        (lambda: MutualEnhancement({"RGB": 4}, {"RGB": 4}), r"either spatial or vector.*\['RGB'\]"),
+        (lambda: MutualEnhancement({"R.G": 4, "B": 4}), r"without dots, got 'R.G'"),
+        (lambda: MutualEnhancement({"A": 0, "B": 4}), r"at least 1 channel, got 0"),
+        (lambda: SemanticMutualRefinement({}), r"at least one modality"),
+        (lambda: SemanticMutualRefinement({"A": 4}, reduction=0), r"reduction must be at least 1, got 0"),
+        (lambda: MutualEnhancement(SPATIAL, init="zeros"), r"init must be 'torch' or 'ta3n', got 'zeros'"),
+        (lambda: module.cmc({k: features[k] for k in SPATIAL}), r"made for 2 gates a modality, got gates=None"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert mnn.__all__
