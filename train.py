@@ -14,11 +14,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from m3em_fast import env
 from m3em_fast.data.samplers import num_batches, paired_batches
 from m3em_fast.data.store import FeatureStore, StoreError
+from m3em_fast.ops.consensus_map import resolve_num_scales
 from m3em_fast.uda import METHODS, ActionModel, report, total_loss, warmup_coefficient
 from m3em_fast.uda.checkpoint import (
     CheckpointError,
@@ -44,8 +45,10 @@ SPLITS = ("source_train", "source_val", "target_train", "target_test")
 
 @dataclass(frozen=True)
 class Options:
-    """Train TA3N + M3EM on feature stores; see the top of train.py. Options left at None come from the preset."""
+    """Train TA3N + M3EM on feature stores; the defaults shown are those of the preset."""
 
+    preset: Literal["digits", "epic"] = "digits"
+    """Where defaults come from: the digits benchmark, or the EPIC-KITCHENS-100 UDA challenge as published."""
     data: Path = Path("data/digits")
     """Folder with a feature store for each of source_train, source_val, target_train and target_test."""
     run: Path | None = None
@@ -54,8 +57,6 @@ class Options:
     """Go on from the last checkpoint in --run, with the same options; the metrics become bitwise the same."""
     method: Literal["source_only", "ta3n", "ta3n_smr", "ta3n_cmc", "m3em"] = "m3em"
     """source_only: no adaptation. ta3n: adversarial, attentive. ta3n_smr, ta3n_cmc: one half of M3EM. m3em: both."""
-    preset: Literal["digits", "epic"] = "digits"
-    """Defaults of everything below: the digits benchmark, or the EPIC-KITCHENS-100 UDA challenge as published."""
     seed: int = 1
     """Draws initial weights, batches and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -65,16 +66,16 @@ class Options:
     save_every: int = 50
     """Steps between checkpoints; there is one at the end of every epoch too."""
 
-    epochs: int | None = None
-    """Passes over the shorter of the two training sets (digits 12, epic 30)."""
+    epochs: int = 12
+    """Passes over the shorter of the two training sets."""
     lr: float | None = None
-    """Learning rate of SGD (digits 0.01, with SMR or CMC 0.03; epic 0.003)."""
-    lr_steps: tuple[int, ...] | None = None
-    """Epochs after which the learning rate falls to a tenth (digits 4 8, epic 10 20)."""
-    batch_source: int | None = None
-    """Source clips a step (digits 32, epic 128)."""
-    batch_target: int | None = None
-    """Target clips a step (digits 32, epic 207)."""
+    """Learning rate of SGD. None: 0.01 for digits, there 0.03 with SMR or CMC; 0.003 for epic."""
+    lr_steps: tuple[int, ...] = (4, 8)
+    """Epochs after which the learning rate falls to a tenth."""
+    batch_source: int = 32
+    """Source clips a step."""
+    batch_target: int = 32
+    """Target clips a step."""
     weight_decay: float = 1e-4
     """Weight decay of SGD; momentum is 0.9, Nesterov."""
     clip_gradient: float = 20.0
@@ -89,36 +90,53 @@ class Options:
     beta: tuple[float, float, float] = (0.75, 0.75, 0.5)
     """Reversal of the gradients of the relation, clip and frame discriminators, before warm-up."""
 
-    latent: int | None = None
-    """D, channels of CMC's latent space (digits 16, epic 512)."""
+    latent: int = 16
+    """D, channels of CMC's latent space."""
     num_scales: int | None = None
     """S, scales of the consensus map. None: 3, or fewer on maps too small for three."""
     center: bool = False
     """Pearson coefficient in CMC instead of the cosine."""
-    reduction: int | None = None
-    """r, bottleneck ratio of SMR's gates (digits 4, epic 16)."""
+    reduction: int = 4
+    """r, bottleneck ratio of SMR's gates."""
     gate_bias: bool = False
     """Biases in SMR's gates."""
-    fc_dim: int | None = None
-    """Width of TA3N's shared frame layer (digits 128, epic 512)."""
-    relation_dim: int | None = None
-    """Width of TA3N's relations (digits 64, epic 256)."""
+    fc_dim: int = 128
+    """Width of TA3N's shared frame layer."""
+    relation_dim: int = 64
+    """Width of TA3N's relations."""
     dropout: float = 0.5
     """Dropout on frame features and on the clip feature."""
-    init: Literal["torch", "ta3n"] | None = None
-    """Initial weights: torch's default (digits), or normal 0.001 as TA3N has it (epic)."""
+    init: Literal["torch", "ta3n"] = "torch"
+    """Initial weights: torch's default, or normal 0.001 as TA3N has it."""
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {
-        "epochs": 12, "lr": 0.01, "lr_steps": (4, 8), "batch_source": 32, "batch_target": 32,
-        "latent": 16, "reduction": 4, "fc_dim": 128, "relation_dim": 64, "init": "torch",
-    },
-    "epic": {
-        "epochs": 30, "lr": 0.003, "lr_steps": (10, 20), "batch_source": 128, "batch_target": 207,
-        "latent": 512, "reduction": 16, "fc_dim": 512, "relation_dim": 256, "init": "ta3n",
-    },
-}  # fmt: skip
+PRESETS = {
+    "digits": Options(),
+    "epic": Options(
+        preset="epic",
+        data=Path("data/epic"),
+        epochs=30,
+        lr_steps=(10, 20),
+        batch_source=128,
+        batch_target=207,
+        latent=512,
+        reduction=16,
+        fc_dim=512,
+        relation_dim=256,
+        init="ta3n",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class _Preset:
+    preset: Literal["digits", "epic"] = "digits"
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """The command line over the defaults of its preset, which are therefore what --help shows."""
+    chosen, _ = tyro.cli(_Preset, args=arguments, return_unknown_args=True, add_help=False)
+    return tyro.cli(Options, args=arguments, default=PRESETS[chosen.preset], description=__doc__)
 
 
 class UsageError(ValueError):
@@ -126,17 +144,20 @@ class UsageError(ValueError):
 
 
 def resolve(options: Options) -> Options:
-    """Fill in the preset and refuse what cannot work."""
-    preset = dict(PRESETS[options.preset])
-    if options.preset == "digits" and (METHODS[options.method]["smr"] or METHODS[options.method]["cmc"]):
-        preset["lr"] = 0.03  # sigmoid gates halve the features: at 0.01 M3EM has not converged after 12 epochs
-    options = replace(options, **{name: v for name, v in preset.items() if getattr(options, name) is None})
-    positive = ("epochs", "lr", "batch_source", "batch_target", "save_every", "clip_gradient", "latent", "reduction")
-    for name in (*positive, "fc_dim", "relation_dim"):
+    """Settle what is left open, and refuse what cannot work."""
+    positive = ("epochs", "batch_source", "batch_target", "save_every", "clip_gradient", "latent", "reduction")
+    for name in (*positive, "fc_dim", "relation_dim", *(("lr",) if options.lr is not None else ())):
         if not getattr(options, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}.")
     if not 0 <= options.dropout < 1:
         raise UsageError(f"--dropout must be from 0 to below 1, got {options.dropout}.")
+    if not 0 <= options.seed < 2**32:
+        raise UsageError(f"--seed must be from 0 to 2**32 - 1, got {options.seed}.")
+    if options.lr is None:
+        enhances = METHODS[options.method]["smr"] or METHODS[options.method]["cmc"]
+        # Sigmoid gates halve the features: at 0.01 M3EM has not converged after the 12 epochs of the digits preset.
+        digits = 0.03 if enhances else 0.01
+        options = replace(options, lr=digits if options.preset == "digits" else 0.003)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device here; take --device cpu.")
     if options.device == "auto":
@@ -180,33 +201,44 @@ def open_stores(options: Options) -> dict[str, FeatureStore]:
     return stores
 
 
+def labels_of(store: FeatureStore) -> dict[str, np.ndarray]:
+    assert store.labels is not None  # open_stores has refused the others
+    return store.labels
+
+
 def build_model(options: Options, store: FeatureStore) -> ActionModel:
-    kinds = {kind: {n: m.channels for n, m in store.modalities.items() if m.kind == kind} for kind in ("map", "vector")}
-    return ActionModel(
-        kinds["map"],
-        kinds["vector"],
-        store.num_classes["verb"],
-        store.num_classes["noun"],
-        method=options.method,
-        latent_channels=options.latent,
-        num_scales=options.num_scales,
-        center=options.center,
-        reduction=options.reduction,
-        gate_bias=options.gate_bias,
-        init=options.init,
-        fc_dim=options.fc_dim,
-        relation_dim=options.relation_dim,
-        dropout_i=options.dropout,
-        dropout_v=options.dropout,
-    )
+    maps = {name: m for name, m in store.modalities.items() if m.kind == "map"}
+    vectors = {name: m.channels for name, m in store.modalities.items() if m.kind == "vector"}
+    try:
+        if METHODS[options.method]["cmc"]:
+            for m in maps.values():
+                assert m.height is not None and m.width is not None
+                resolve_num_scales(options.num_scales, m.height, m.width)
+        return ActionModel(
+            {name: m.channels for name, m in maps.items()},
+            vectors,
+            store.num_classes["verb"],
+            store.num_classes["noun"],
+            method=options.method,
+            latent_channels=options.latent,
+            num_scales=options.num_scales,
+            center=options.center,
+            reduction=options.reduction,
+            gate_bias=options.gate_bias,
+            init=options.init,
+            fc_dim=options.fc_dim,
+            relation_dim=options.relation_dim,
+            dropout_i=options.dropout,
+            dropout_v=options.dropout,
+        )
+    except ValueError as error:
+        raise UsageError(f"--method {options.method} does not fit the data in {options.data}: {error}.") from error
 
 
-def batches(options: Options, stores: dict[str, FeatureStore], epoch: int) -> Iterator[tuple[np.ndarray, Any]]:
-    """Index pairs of one epoch; they depend on the seed and the epoch only, so that a resumed run sees the same."""
-    adapts = METHODS[options.method]["adversarial"]
-    num_target = len(stores["target_train"]) if adapts else None
-    sizes = (len(stores["source_train"]), num_target, options.batch_source, options.batch_target)
-    return paired_batches(*sizes, seed=options.seed, epoch=epoch)
+def pairing(options: Options, stores: dict[str, FeatureStore]) -> tuple[int, int | None, int, int]:
+    """What the samplers need to know: clips and batch sizes; no target for a method that does not adapt."""
+    num_target = len(stores["target_train"]) if METHODS[options.method]["adversarial"] else None
+    return len(stores["source_train"]), num_target, options.batch_source, options.batch_target
 
 
 def read_batch(
@@ -221,14 +253,15 @@ def read_batch(
 
 
 def train(options: Options) -> Path:
-    options = open_run(resolve(options))
-    run = options.run
-    assert run is not None
+    options = resolve(options)
     stores = open_stores(options)
     device = torch.device(options.device)
     torch.manual_seed(options.seed)
-
     model = build_model(options, stores["source_train"]).to(device)
+    options = open_run(options)  # after everything that can be refused, so that a refusal leaves no folder behind
+    run = options.run
+    assert run is not None and options.lr is not None
+
     optimizer = torch.optim.SGD(
         model.parameters(), options.lr, momentum=0.9, nesterov=True, weight_decay=options.weight_decay
     )
@@ -236,13 +269,9 @@ def train(options: Options) -> Path:
     autocast = torch.autocast(device.type, dtype=half) if half is not None else nullcontext()
     scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
 
-    source_labels = {kind: torch.from_numpy(x) for kind, x in stores["source_train"].labels.items()}
-    steps = num_batches(
-        len(stores["source_train"]),
-        len(stores["target_train"]) if METHODS[options.method]["adversarial"] else None,
-        options.batch_source,
-        options.batch_target,
-    )
+    source_labels = {kind: torch.from_numpy(x) for kind, x in labels_of(stores["source_train"]).items()}
+    pair = pairing(options, stores)
+    steps = num_batches(*pair)
     history: dict[str, list] = {"loss": [], "terms": [], "source_val": [], "target_test": []}
     first_epoch, first_step, seconds = 0, 0, 0.0
     checkpoint = run / "checkpoint.pt"
@@ -281,7 +310,7 @@ def train(options: Options) -> Path:
         for group in optimizer.param_groups:
             group["lr"] = options.lr * 0.1 ** sum(epoch >= s for s in options.lr_steps)
         model.train()
-        for step, (source, target) in enumerate(batches(options, stores, epoch)):
+        for step, (source, target) in enumerate(paired_batches(*pair, seed=options.seed, epoch=epoch)):
             if epoch == first_epoch and step < first_step:
                 continue
             # The public baseline counts epochs from 1 and divides by the run's own length; see docs/decisions.md.
@@ -310,7 +339,7 @@ def train(options: Options) -> Path:
             for name, x in history["terms"][-1].items():
                 writer.add_scalar(f"loss/{name}", x, epoch * steps + step)
             bar.update()
-            bar.set_postfix(epoch=epoch + 1, loss=f"{value:.3f}")
+            bar.set_postfix(epoch=epoch + 1, loss=f"{value:.3f}", refresh=False)
             if (step + 1) % options.save_every == 0 and step + 1 < steps:
                 save(epoch, step + 1)
         for split in ("source_val", "target_test"):
@@ -325,7 +354,7 @@ def train(options: Options) -> Path:
     metrics = {
         "method": options.method,
         "results": {split: history[split][-1] for split in ("source_val", "target_test")},
-        "floor": {split: majority_floor(**stores[split].labels) for split in ("source_val", "target_test")},
+        "floor": {split: majority_floor(**labels_of(stores[split])) for split in ("source_val", "target_test")},
         "history": history,
     }
     about = {"options": fixed, "data": stores["source_train"].meta, "seconds": seconds, "environment": env.report()}
@@ -342,7 +371,7 @@ def train(options: Options) -> Path:
 
 def main() -> int:
     try:
-        run = train(tyro.cli(Options, description=__doc__))
+        run = train(parse(sys.argv[1:]))
     except (UsageError, StoreError, CheckpointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

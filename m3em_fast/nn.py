@@ -15,7 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3em_fast.ops import channel_gate, consensus_map, consensus_pool, gated_consensus_pool, gated_projection
+# From the files and not from the package, where a type checker takes these names for the files.
+from m3em_fast.ops.channel_gate import channel_gate
+from m3em_fast.ops.consensus_map import consensus_map
+from m3em_fast.ops.consensus_pool import consensus_pool
+from m3em_fast.ops.gated_consensus_pool import gated_consensus_pool
+from m3em_fast.ops.gated_projection import gated_projection
 
 __all__ = ["CrossModalityConsensus", "Enhanced", "MutualEnhancement", "SemanticMutualRefinement", "initialize"]
 
@@ -195,9 +200,9 @@ class CrossModalityConsensus(nn.Module):
         latent = []
         for name in self.channels:
             x, layer = features[name], self.projections[name]
+            assert isinstance(layer, nn.Linear)
             if gates is None:
-                bias = layer.bias
-                latent.append(F.conv2d(x.to(layer.weight.dtype), layer.weight[:, :, None, None], bias))
+                latent.append(F.conv2d(x.to(layer.weight.dtype), layer.weight[:, :, None, None], layer.bias))
             else:
                 latent.append(gated_projection(x, [_beside(g, x) for g in gates[name]], layer.weight, layer.bias))
         maps = [consensus_map(a, b, self.num_scales, center=self.center) for a, b in combinations(latent, 2)]

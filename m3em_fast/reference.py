@@ -39,15 +39,22 @@ def num_scales_limit(height: int, width: int) -> int:
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        return torch.channels_last
-    return torch.contiguous_format
+    try:
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    except RuntimeError:  # under vmap a tensor has no memory format but the default one
+        return torch.contiguous_format
+    return torch.channels_last if channels_last and not x.is_contiguous() else torch.contiguous_format
+
+
+def _gated(x: Tensor, gates: Sequence[Tensor]) -> Tensor:
+    """Copies of x, one a gate, in the accumulation dtype."""
+    # Converted once: a conversion for every gate would round each one's gradient to half before they are added.
+    wide = x.to(accumulation_dtype(x.dtype))
+    return torch.cat([wide * gate.to(wide.dtype)[:, :, None, None] for gate in gates], dim=1)
 
 
 def channel_gate(x: Tensor, gates: Sequence[Tensor]) -> Tensor:
-    acc = accumulation_dtype(x.dtype)
-    gated = torch.cat([x.to(acc) * gate.to(acc)[:, :, None, None] for gate in gates], dim=1)
-    return gated.to(x.dtype).contiguous(memory_format=_memory_format(x))
+    return _gated(x, gates).to(x.dtype).contiguous(memory_format=_memory_format(x))
 
 
 def _cosine(a: Tensor, b: Tensor, eps: float) -> Tensor:
@@ -136,8 +143,8 @@ def widest(x: Tensor, *others: Tensor | None) -> torch.dtype:
 def gated_projection(
     x: Tensor, gates: Sequence[Tensor], weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    acc = accumulation_dtype(x.dtype)
-    gated = torch.cat([x.to(acc) * gate.to(acc)[:, :, None, None] for gate in gates], dim=1)
+    gated = _gated(x, gates)
+    acc = gated.dtype
     # autocast would round the operands of this convolution to half; what is to be rounded is decided by the caller.
     with torch.autocast(x.device.type if x.device.type != "meta" else "cpu", enabled=False):
         out = F.conv2d(gated, weight.to(acc)[:, :, None, None], None if bias is None else bias.to(acc))

@@ -210,7 +210,6 @@ def test_a_clip_does_not_depend_on_the_others():
     torch.testing.assert_close(alone.vectors["Audio"], whole.vectors["Audio"][3:4], rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.xdist_group("compile")
 def test_compiles_whole_with_gradients_and_any_number_of_clips():
     module = make_module(dtype=torch.float32, spatial={"RGB": 8, "Flow": 8}, num_scales=2)
     compiled = torch.compile(module, fullgraph=True, dynamic=True)

@@ -38,8 +38,10 @@ def gated_projection(x: Tensor, gates: Sequence[Tensor], weight: Tensor, bias: T
     device = x.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         half = torch.get_autocast_dtype(device)
-        x, weight = x.to(half), weight.to(half)
-        bias = None if bias is None else bias.to(half)
+        x = x.to(half)
+        # As autocast does, float64 stays: a mixture with it is refused below.
+        weight = weight if weight.dtype == torch.float64 else weight.to(half)
+        bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(half)
         # Gates made in another half dtype than autocast's have no place beside x; float32 has, and loses nothing.
         if isinstance(gates, (list, tuple)):
             gates = [g.float() if isinstance(g, Tensor) and g.dtype in _checks.HALVES else g for g in gates]

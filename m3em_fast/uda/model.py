@@ -97,7 +97,9 @@ class ActionModel(nn.Module):
     @property
     def num_segments(self) -> int:
         """T, the frames of a clip."""
-        return next(iter(self.streams.values())).num_segments
+        ta3n = next(iter(self.streams.values()))
+        assert isinstance(ta3n, TA3N)
+        return ta3n.num_segments
 
     def forward(
         self, features: Mapping[str, Tensor], beta: Sequence[Tensor | float] = (0.75, 0.75, 0.5)
@@ -113,6 +115,7 @@ class ActionModel(nn.Module):
         outputs = {}
         for stream, names in self.members.items():
             ta3n = self.streams[stream]
+            assert isinstance(ta3n, TA3N)
             vectors = torch.cat([enhanced.vectors[name] for name in names], dim=1)
             vectors = vectors.to(ta3n.fc_feature_shared_source.weight.dtype)
             outputs[stream] = ta3n(vectors.unflatten(0, (clips, frames)), beta)

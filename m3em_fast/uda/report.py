@@ -30,6 +30,7 @@ KINDS = ("verb", "noun", "action")
 SPLITS = {"source_val": "source validation", "target_test": "target test"}
 FLOOR = "majority class"
 ORDER = ("source_only", "ta3n", "m3em")
+MAP_COLOURS = "RdYlGn"
 COLOURS = {"verb": "tab:blue", "noun": "tab:orange", "action": "tab:green"}
 
 
@@ -138,7 +139,7 @@ def draw_consensus(
     from m3em_fast.data.digits import NOUNS, VERBS, DigitsConfig, load_frames
 
     indices = np.linspace(0, len(store) - 1, clips).astype(int)
-    frames, _ = load_frames(DigitsConfig(**store.meta["config"]), store.meta["split"], indices)
+    frames, _, _ = load_frames(DigitsConfig(**store.meta["config"]), store.meta["split"], indices)
     training = model.training
     model.eval()
     features = store.read(indices, model.modalities, frames=model.num_segments)
@@ -150,18 +151,17 @@ def draw_consensus(
     count = frames.shape[1]
     figure, axes = plt.subplots(2 * clips, count, figsize=(1.5 * count + 1.4, 3.1 * clips), layout="constrained")
     height, width = frames.shape[2:4]
-    image = None
+    norm = matplotlib.colors.Normalize(-limit, limit)
     for row, index in enumerate(indices):
         for column in range(count):
             for axis in axes[2 * row : 2 * row + 2, column]:
                 axis.set_axis_off()
             axes[2 * row, column].imshow(frames[row, column])
             axes[2 * row + 1, column].imshow(frames[row, column].mean(-1), cmap="gray", vmin=0, vmax=255)
-            image = axes[2 * row + 1, column].imshow(
+            axes[2 * row + 1, column].imshow(
                 weight[row, column],
-                cmap="RdYlGn",
-                vmin=-limit,
-                vmax=limit,
+                cmap=MAP_COLOURS,
+                norm=norm,
                 alpha=0.55,
                 interpolation="bilinear",
                 extent=(-0.5, width - 0.5, height - 0.5, -0.5),
@@ -169,7 +169,7 @@ def draw_consensus(
         verb, noun = int(out.verb[row].argmax()), int(out.noun[row].argmax())
         truth = f"{VERBS[store.labels['verb'][index]]} {NOUNS[store.labels['noun'][index]]}"
         axes[2 * row, 0].set_title(f"{truth}  (predicted: {VERBS[verb]} {NOUNS[noun]})", loc="left", fontsize=9)
-    figure.colorbar(image, ax=axes, shrink=0.3, label="weight 1 + C of a position in the pooling")
+    figure.colorbar(matplotlib.cm.ScalarMappable(norm, MAP_COLOURS), ax=axes, shrink=0.3, label="weight 1 + C of a position in the pooling")
     figure.suptitle("Where RGB and flow agree: consensus maps on target test clips", fontsize=11)
     figure.savefig(run / "consensus.png", dpi=110)
     plt.close(figure)

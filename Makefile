@@ -1,0 +1,69 @@
+# The whole interface: make help. Nothing here needs a GPU.
+
+PY ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+DATA ?= data/digits
+# Evaluated once: every step of one make has to see the same folder.
+ifndef RUN
+RUN := runs/digits-$(shell date -u +%Y%m%d-%H%M%S)
+endif
+METHODS := source_only ta3n m3em
+TESTS ?=
+
+.NOTPARALLEL:
+.PHONY: help train test lint format build clean
+
+help:
+	@echo "make train    train M3EM and its baselines on the digits benchmark (DATA=$(DATA), RUN=a new folder under runs/)"
+	@echo "make test     lint, then every test (TESTS=tests/test_x.py for some of them)"
+	@echo "make lint     ruff, mypy and clang-format, changing nothing"
+	@echo "make format   let ruff and clang-format rewrite what they can"
+	@echo "make build    compile csrc/, as far as it has changed"
+	@echo "make clean    remove what was built, and the virtual environment; data/ and runs/ stay"
+	@echo "PY=python3.12 chooses the Python of the virtual environment, CXX=clang++ the compiler."
+
+train: $(VENV)/.train build
+	$(BIN)/python -m m3em_fast.data.digits --out $(DATA)
+	set -e; for method in $(METHODS); do $(BIN)/python train.py --method $$method --data $(DATA) --run $(RUN)/$$method; done
+	$(BIN)/python -m m3em_fast.uda.report $(addprefix $(RUN)/,$(METHODS))
+
+# loadfile: the tests of a file share what its fixtures made.
+test: lint build
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
+
+build: $(VENV)/.made
+	@test -e $(VENV)/.train -o -e $(VENV)/.dev || $(MAKE) $(VENV)/.train
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+clean:
+	rm -rf build dist $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache m3em_fast/_C.* m3em_fast/_C_missing.txt
+	find . -name __pycache__ -not -path './data/*' -prune -exec rm -rf {} +
+
+# What each of them installs. --no-build-isolation, so that constraints.txt decides on the build tools as well.
+$(VENV)/.train: EXTRAS := train
+$(VENV)/.dev: EXTRAS := train,dev
+$(VENV)/.train $(VENV)/.dev: pyproject.toml setup.py constraints.txt | $(VENV)/.made
+	$(PIP) setuptools pybind11 ninja
+	$(PIP) --no-build-isolation --editable ".[$(EXTRAS)]"
+	@touch $@
+
+$(VENV)/.made:
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+		{ echo "m3em_fast needs Python 3.10 or newer; name one with: make PY=python3.12 (on Debian: apt install python3)."; exit 1; }
+	@$(PY) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PY) cannot make virtual environments; on Debian: apt install python3-venv."; exit 1; }
+	$(PY) -m venv $(VENV)
+	@touch $@

@@ -1,0 +1,185 @@
+"""What a bug report needs to know: ``python -m m3em_fast.env``, with ``--json`` for programs.
+
+Every probe stands alone. One that fails says so in its own place, because a broken installation is just where this is
+needed most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).resolve().parent
+INSTRUCTION_SETS = ("sse2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_fp16", "avx512_bf16", "asimd")
+# Beside our own variables, those that most often explain why two machines differ.
+VARIABLES = re.compile(r"M3EM_\w+|(OMP|MKL)_NUM_THREADS|CUDA_VISIBLE_DEVICES|TRITON_INTERPRET|LD_PRELOAD")
+
+
+def _tilde(path: Path) -> str:
+    """A home folder's name belongs to its owner and not into a public report."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+
+
+def _package() -> dict[str, Any]:
+    from m3em_fast._version import __version__
+
+    return {"version": __version__, "from": _tilde(PACKAGE), "commit": _commit()}
+
+
+def _commit() -> str | None:
+    if not (PACKAGE.parent / ".git").exists():
+        return None
+    answers = []
+    for question in ("rev-parse HEAD", "status --porcelain"):
+        command = ["git", "-C", str(PACKAGE.parent), *question.split()]
+        try:
+            answers.append(
+                subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            )
+        except (OSError, subprocess.SubprocessError):
+            return "unknown: git could not tell"
+    return answers[0] + (" and uncommitted changes" if answers[1] else "")
+
+
+def _extension() -> dict[str, Any]:
+    try:
+        module = importlib.import_module("m3em_fast._C")
+        # Where two checkouts meet in one environment, the library of the other one can be what was found.
+        return {"built": True, "from": _tilde(Path(module.__file__ or "").parent), **module.build_info()}
+    except ImportError as error:
+        note = PACKAGE / "_C_missing.txt"
+        if note.exists():
+            reason = note.read_text().strip()
+        elif any(PACKAGE.glob("_C.*.so")):
+            reason = f"The compiled file is there and does not load: {error}"
+        else:
+            reason = "It has not been compiled here (python setup.py build_ext --inplace)."
+        return {"built": False, "reason": reason}
+
+
+def _processor() -> dict[str, Any]:
+    model, flags = platform.processor() or platform.machine(), set()
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        key, _, value = (part.strip() for part in line.partition(":"))
+        if key == "model name":
+            model = value
+        elif key in ("flags", "Features"):
+            flags = set(value.split())
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    sets = [name for name in INSTRUCTION_SETS if name in flags]
+    return {"model": model, "instruction_sets": sets, "cores": os.cpu_count(), "usable_cores": usable}
+
+
+def _torch() -> dict[str, Any]:
+    import torch
+
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    return {
+        "version": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "interop_threads": torch.get_num_interop_threads(),
+        "cuda_build": torch.version.cuda,
+        "cudnn": cudnn,
+        "compiled_for": torch.cuda.get_arch_list(),
+    }
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        capability, memory = f"{device.major}.{device.minor}", round(device.total_memory / 2**30, 1)
+        found.append({"name": device.name, "compute_capability": capability, "memory_gib": memory})
+    return found
+
+
+def _libraries() -> dict[str, str | None]:
+    """Everything that our own metadata names, so that there is no second list to keep."""
+    found: dict[str, str | None] = {}
+    for requirement in importlib.metadata.requires("m3em_fast") or ():
+        name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return dict(sorted(found.items()))
+
+
+def _variables() -> dict[str, str]:
+    return {name: value for name, value in sorted(os.environ.items()) if VARIABLES.fullmatch(name)}
+
+
+PROBES: dict[str, Callable[[], Any]] = {
+    "package": _package,
+    "extension": _extension,
+    "python": lambda: f"{platform.python_implementation()} {platform.python_version()} ({platform.python_compiler()})",
+    "platform": lambda: f"{platform.platform()}, {' '.join(platform.libc_ver()).strip() or 'unknown C library'}",
+    "processor": _processor,
+    "torch": _torch,
+    "devices": _devices,
+    "libraries": _libraries,
+    "variables": _variables,
+}
+
+
+def report() -> dict[str, Any]:
+    """All that a bug report needs, as plain values that json can write."""
+    found: dict[str, Any] = {}
+    for name, probe in PROBES.items():
+        try:
+            found[name] = probe()
+        except Exception as error:
+            found[name] = {"failed": f"{type(error).__name__}: {error}"}
+    return found
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return " ".join(map(_text, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    return str(value)
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, value in found.items():
+        if isinstance(value, dict) and value:
+            lines.append(name)
+            lines += [f"  {key:<{max(map(len, value)) + 2}}{_text(item)}" for key, item in value.items()]
+        elif isinstance(value, list) and value:
+            lines.append(name)
+            lines += [f"  {_text(item)}" for item in value]
+        else:
+            lines.append(f"{name:<12}{_text(value) or 'none'}")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m m3em_fast.env", description="Print what a bug report needs.")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    as_json = parser.parse_args().json
+    found = report()
+    sys.stdout.write((json.dumps(found, indent=2, default=str) if as_json else "\n".join(_lines(found))) + "\n")
+
+
+if __name__ == "__main__":
+    main()

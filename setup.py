@@ -1,0 +1,186 @@
+"""Builds csrc/ into the extension module m3em_fast._C.
+
+Needs a C++17 compiler and Python's headers, and neither torch nor CUDA. setuptools knows no headers, no flags per file
+and no parallel compilation, so this writes a build.ninja and lets ninja run the compiler.
+
+    python setup.py build_ext --inplace     compiles what has changed, for a checkout
+    pip install .                           the same through an isolated build
+
+CXX, CXXFLAGS and LDFLAGS are honoured. Where a tool is missing the package is built without the extension, and one
+line says so; an error in our own sources fails.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = sorted(p.relative_to(ROOT).as_posix() for d in ("csrc", "csrc/cpu") for p in (ROOT / d).glob("*.cpp"))
+HEADERS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.h"))
+CFLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
+# --as-needed: libgomp is asked for at load time only once a kernel uses it. A loader that has torch's copy takes that.
+SHARED = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-Wl,--as-needed"]
+# pip hides what a build prints, so why there is no extension is also left where m3em_fast.env finds it.
+NOTE = "_C_missing.txt"
+COST = "m3em_fast is built without its compiled kernels: every op works, in plain PyTorch, which is slower."
+
+
+class Missing(Exception):
+    """A tool that the build needs is not there. The message is one sentence for the user."""
+
+
+def find_compiler() -> list[str]:
+    if sys.platform == "win32":
+        raise Missing("The C++ build supports Linux and macOS only.")
+    if chosen := os.environ.get("CXX", "").strip():
+        # No second guess: whoever names a compiler wants that one or a word about it.
+        if shutil.which(shlex.split(chosen)[0]):
+            return shlex.split(chosen)
+        raise Missing(f"The C++ compiler named by CXX, {chosen}, is not there (on Debian: apt install g++).")
+    for name in (sysconfig.get_config_var("CXX"), "g++", "c++", "clang++"):
+        if name and shutil.which(shlex.split(name)[0]):
+            return shlex.split(name)
+    raise Missing("There is no C++ compiler (on Debian: apt install g++).")
+
+
+def find_python_headers() -> str:
+    include = sysconfig.get_path("include")
+    if not (Path(include) / "Python.h").is_file():
+        raise Missing("Python.h is missing (on Debian: apt install python3-dev).")
+    return include
+
+
+def find_pybind11() -> tuple[str, str]:
+    try:
+        import pybind11
+    except ImportError:
+        raise Missing("pybind11 is missing (pip install pybind11).") from None
+    return pybind11.get_include(), pybind11.__version__
+
+
+def find_ninja() -> str:
+    try:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    except ImportError:
+        if found := shutil.which("ninja"):
+            return found
+    raise Missing("ninja is missing (pip install ninja).")
+
+
+def openmp_flags(cxx: list[str], flags: list[str]) -> list[str]:
+    """-fopenmp where the compiler can compile and link with it. A compiler that can build nothing at all is missing."""
+    program = "#include <omp.h>\nint n() { return omp_get_max_threads(); }\n"
+    with tempfile.TemporaryDirectory() as tmp:
+        for code, openmp in ((program, ["-fopenmp"]), ("int n() { return 1; }\n", [])):
+            command = [*cxx, *flags, *openmp, *SHARED, "-x", "c++", "-", "-o", str(Path(tmp) / "probe.so")]
+            done = subprocess.run(command, input=code, text=True, capture_output=True)
+            if done.returncode == 0:
+                if not openmp:
+                    print(f"m3em_fast: {cxx[0]} has no OpenMP, so the kernels will run on one thread.", flush=True)
+                return openmp
+    reason = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
+    raise Missing(f"The C++ compiler {cxx[0]} cannot build a shared library ({reason.strip()}).")
+
+
+def ninja_value(words: list[str]) -> str:
+    """Words as the value of a ninja variable that a shell command will hold."""
+    return " ".join(shlex.quote(word).replace("$", "$$") for word in words)
+
+
+def ninja_path(path: str) -> str:
+    return re.sub(r"([$ :])", r"$\1", path)
+
+
+def ninja_file(build: str, library: str, version: str) -> str:
+    cxx = find_compiler()
+    include, pybind11_include = find_python_headers(), find_pybind11()[0]
+    flags = CFLAGS + shlex.split(os.environ.get("CXXFLAGS", ""))
+    flags += openmp_flags(cxx, flags)
+    link = [*SHARED, *flags, *shlex.split(os.environ.get("LDFLAGS", ""))]
+    # Only bindings.cpp sees these, so that a new version number does not compile the kernels again.
+    about = [f'-DM3EM_VERSION="{version}"', f'-DM3EM_FLAGS="{" ".join(flags)}"']
+    lines = [
+        "ninja_required_version = 1.5",
+        f"builddir = {ninja_path(build)}",
+        f"cxx = {ninja_value(cxx)}",
+        f"cflags = {ninja_value([*flags, '-Icsrc', '-I' + pybind11_include, '-I' + include])}",
+        f"ldflags = {ninja_value(link)}",
+        "rule compile",
+        "  command = $cxx $cflags $defines -MMD -MF $out.d -c $in -o $out",
+        "  description = compile $in",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $cxx $in $ldflags -o $out",
+        "  description = link $out",
+    ]
+    objects = []
+    for source in SOURCES:
+        objects.append(ninja_path(f"{build}/{source}.o"))
+        lines.append(f"build {objects[-1]}: compile {ninja_path(source)}")
+        if source == "csrc/bindings.cpp":
+            lines.append(f"  defines = {ninja_value(about)}")
+    lines.append(f"build {ninja_path(library)}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+class NinjaBuild(build_ext):
+    """build_ext with ninja in the place of setuptools' compiler calls; where results go stays setuptools' affair."""
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name))
+        note = output.with_name(NOTE)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # A library of an earlier build must not pass for this one's.
+        output.unlink(missing_ok=True)
+        note.unlink(missing_ok=True)
+        try:
+            library = self.run_ninja(output.name)
+        except Missing as missing:
+            print(f"m3em_fast: {missing} {COST}", flush=True)
+            note.write_text(f"{missing}\n")
+        else:
+            shutil.copy2(library, output)
+
+    def run_ninja(self, name: str) -> Path:
+        # Not build_temp: an editable install would put that into a folder that is thrown away, and compile all again.
+        build = f"build/ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        ninja = find_ninja()
+        text = ninja_file(build, f"{build}/{name}", self.distribution.get_version())
+        path = ROOT / build / "build.ninja"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        command = [ninja, "-f", str(path)] + (["-j", str(self.parallel)] if self.parallel else [])
+        if subprocess.run(command, cwd=ROOT).returncode:
+            raise SystemExit("m3em_fast: csrc/ did not compile; the compiler's message is above.")
+        return path.with_name(name)
+
+    def copy_extensions_to_source(self) -> None:
+        for ext in self.extensions:
+            built = Path(self.build_lib, self.get_ext_filename(ext.name))
+            for name in (built.name, NOTE):
+                source, target = built.with_name(name), ROOT / "m3em_fast" / name
+                if source.exists():
+                    # By renaming, so that a process which has the old library mapped keeps it whole.
+                    os.replace(shutil.copy2(source, target.with_name(name + ".new")), target)
+                else:
+                    target.unlink(missing_ok=True)
+
+
+setup(
+    ext_modules=[Extension("m3em_fast._C", sources=SOURCES, depends=HEADERS, language="c++")],
+    cmdclass={"build_ext": NinjaBuild},
+)
