@@ -61,6 +61,8 @@ class Options:
     """Draws initial weights, batches and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is a card."""
+    threads: int = 1
+    """CPU threads, 0 for torch's own choice. The digits' ops are too small to share: a second thread mostly waits."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """fp16: autocast with loss scaling, the half precision of a V100. bf16: autocast, from compute capability 8.0."""
     save_every: int = 50
@@ -115,6 +117,7 @@ PRESETS = {
     "epic": Options(
         preset="epic",
         data=Path("data/epic"),
+        threads=0,
         epochs=30,
         lr_steps=(10, 20),
         batch_source=128,
@@ -149,6 +152,8 @@ def resolve(options: Options) -> Options:
     for name in (*positive, "fc_dim", "relation_dim", *(("lr",) if options.lr is not None else ())):
         if not getattr(options, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}.")
+    if options.threads < 0:
+        raise UsageError(f"--threads must be 0 or more, got {options.threads}.")
     if not 0 <= options.dropout < 1:
         raise UsageError(f"--dropout must be from 0 to below 1, got {options.dropout}.")
     if not 0 <= options.seed < 2**32:
@@ -256,6 +261,8 @@ def train(options: Options) -> Path:
     options = resolve(options)
     stores = open_stores(options)
     device = torch.device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     model = build_model(options, stores["source_train"]).to(device)
     options = open_run(options)  # after everything that can be refused, so that a refusal leaves no folder behind
@@ -273,7 +280,7 @@ def train(options: Options) -> Path:
     pair = pairing(options, stores)
     steps = num_batches(*pair)
     history: dict[str, list] = {"loss": [], "terms": [], "source_val": [], "target_test": []}
-    first_epoch, first_step, seconds = 0, 0, 0.0
+    first_epoch, first_step = 0, 0
     checkpoint = run / "checkpoint.pt"
     fixed = json.loads(
         json.dumps({k: v for k, v in asdict(options).items() if k not in ("run", "resume")}, default=str)
@@ -281,11 +288,18 @@ def train(options: Options) -> Path:
     if options.resume and checkpoint.exists():
         state = load_checkpoint(checkpoint)
         if changed := sorted(k for k in fixed if state["options"].get(k) != fixed[k]):
-            raise UsageError(f"--resume: {run} was started with another --{changed[0].replace('_', '-')}.")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        restore_random_state(state["random"], device)
+            name = changed[0]
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"--resume: {run} was started with {flag} {state['options'].get(name)}, not {fixed[name]}."
+            )
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            restore_random_state(state["random"], device)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{checkpoint} does not fit this model; was it trained on other data?") from error
         history, first_epoch, first_step = state["history"], state["epoch"], state["step"]
 
     def save(epoch: int, step: int) -> None:
@@ -304,51 +318,58 @@ def train(options: Options) -> Path:
         )
 
     start = time.perf_counter()
-    writer = SummaryWriter(str(run), purge_step=first_epoch * steps + first_step)
-    bar = tqdm(total=options.epochs * steps, initial=first_epoch * steps + first_step, desc=options.method, unit="step")
-    for epoch in range(first_epoch, options.epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * 0.1 ** sum(epoch >= s for s in options.lr_steps)
-        model.train()
-        for step, (source, target) in enumerate(paired_batches(*pair, seed=options.seed, epoch=epoch)):
-            if epoch == first_epoch and step < first_step:
-                continue
-            # The public baseline counts epochs from 1 and divides by the run's own length; see docs/decisions.md.
-            warmup = warmup_coefficient((step + (epoch + 1) * steps) / (options.epochs * steps))
-            features = read_batch(stores, model, source, target)
-            verb, noun = (source_labels[kind][source].to(device) for kind in ("verb", "noun"))
-            with autocast:
-                out = model({n: x.to(device) for n, x in features.items()}, [warmup * b for b in options.beta])
-                loss, terms = total_loss(
-                    out.streams, verb, noun, lambda_y=options.lambda_y, lambda_d=options.lambda_d, gamma=options.gamma
-                )
-            value = loss.item()
-            if not math.isfinite(value):
-                parts = ", ".join(f"{name} {x.item():.4g}" for name, x in terms.items())
-                clips = ", ".join(stores["source_train"].clips[i] for i in source[:5])
-                raise UsageError(f"loss is {value} at epoch {epoch + 1} step {step} ({parts}; clips {clips}, ...).")
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_gradient)
-            scaler.step(optimizer)
-            scaler.update()
+    done, total = first_epoch * steps + first_step, options.epochs * steps
+    with (
+        SummaryWriter(str(run), purge_step=done) as writer,
+        tqdm(total=total, initial=done, desc=options.method, unit="step") as bar,
+    ):
+        for epoch in range(first_epoch, options.epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = options.lr * 0.1 ** sum(epoch >= s for s in options.lr_steps)
+            model.train()
+            for step, (source, target) in enumerate(paired_batches(*pair, seed=options.seed, epoch=epoch)):
+                if epoch == first_epoch and step < first_step:
+                    continue
+                # The public baseline counts epochs from 1 and divides by the run's own length; see docs/decisions.md.
+                warmup = warmup_coefficient((step + (epoch + 1) * steps) / (options.epochs * steps))
+                features = read_batch(stores, model, source, target)
+                verb, noun = (source_labels[kind][source].to(device) for kind in ("verb", "noun"))
+                with autocast:
+                    out = model({n: x.to(device) for n, x in features.items()}, [warmup * b for b in options.beta])
+                    loss, terms = total_loss(
+                        out.streams,
+                        verb,
+                        noun,
+                        lambda_y=options.lambda_y,
+                        lambda_d=options.lambda_d,
+                        gamma=options.gamma,
+                    )
+                value = loss.item()
+                if not math.isfinite(value):
+                    parts = ", ".join(f"{name} {x.item():.4g}" for name, x in terms.items())
+                    clips = ", ".join(stores["source_train"].clips[i] for i in source[:5])
+                    raise UsageError(f"loss is {value} at epoch {epoch + 1} step {step} ({parts}; clips {clips}, ...).")
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_gradient)
+                scaler.step(optimizer)
+                scaler.update()
 
-            history["loss"].append(value)
-            history["terms"].append({name: x.item() for name, x in terms.items()})
-            for name, x in history["terms"][-1].items():
-                writer.add_scalar(f"loss/{name}", x, epoch * steps + step)
-            bar.update()
-            bar.set_postfix(epoch=epoch + 1, loss=f"{value:.3f}", refresh=False)
-            if (step + 1) % options.save_every == 0 and step + 1 < steps:
-                save(epoch, step + 1)
-        for split in ("source_val", "target_test"):
-            scores = evaluate(model, stores[split], batch=512, device=device, autocast=autocast)
-            history[split].append(scores)
-            for name, x in scores.items():
-                writer.add_scalar(f"{split}/{name}", x, (epoch + 1) * steps)
-        save(epoch + 1, 0)
-    bar.close()
+                history["loss"].append(value)
+                history["terms"].append({name: x.item() for name, x in terms.items()})
+                for name, x in history["terms"][-1].items():
+                    writer.add_scalar(f"loss/{name}", x, epoch * steps + step)
+                bar.update()
+                bar.set_postfix(epoch=epoch + 1, loss=f"{value:.3f}", refresh=False)
+                if (step + 1) % options.save_every == 0 and step + 1 < steps:
+                    save(epoch, step + 1)
+            for split in ("source_val", "target_test"):
+                scores = evaluate(model, stores[split], batch=512, device=device, autocast=autocast)
+                history[split].append(scores)
+                for name, x in scores.items():
+                    writer.add_scalar(f"{split}/{name}", x, (epoch + 1) * steps)
+            save(epoch + 1, 0)
     seconds = time.perf_counter() - start
 
     metrics = {
@@ -360,12 +381,9 @@ def train(options: Options) -> Path:
     about = {"options": fixed, "data": stores["source_train"].meta, "seconds": seconds, "environment": env.report()}
     (run / "run.json").write_text(json.dumps(about, indent=1, default=str) + "\n")
     (run / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    writer.add_figure("curves", report.draw_curves(run), options.epochs * steps)
+    report.draw_curves(run)
     if METHODS[options.method]["cmc"]:
-        figure = report.draw_consensus(run, model, stores["target_test"], device)
-        if figure is not None:
-            writer.add_figure("consensus", figure, options.epochs * steps)
-    writer.close()
+        report.draw_consensus(run, model, stores["target_test"], device)
     return run
 
 
@@ -375,6 +393,9 @@ def main() -> int:
     except (UsageError, StoreError, CheckpointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train.py: interrupted; --run with --resume goes on from the last checkpoint.", file=sys.stderr)
+        return 130
     report.print_table([run])
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: the file is damaged, holds more than tensors and plain values, or comes from another version.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of what a foreign pickle might hold just before refusing it
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch raises here depends on which byte is wrong
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is no readable checkpoint of train.py ({reason}).") from error

@@ -148,28 +148,33 @@ def draw_consensus(
     assert out.consensus is not None
     weight = 1.0 + out.consensus.float().cpu().numpy()
     limit = float(np.abs(weight).max())
-    count = frames.shape[1]
-    figure, axes = plt.subplots(2 * clips, count, figsize=(1.5 * count + 1.4, 3.1 * clips), layout="constrained")
-    height, width = frames.shape[2:4]
     norm = matplotlib.colors.Normalize(-limit, limit)
+    count, height, width = frames.shape[1:4]
+    across = 2
+    down = -(-clips // across)
+    figure = plt.figure(figsize=(1.3 * count * across + 1.2, 2.9 * down + 0.4), layout="constrained")
+    left, right = np.ravel(figure.subfigures(1, 2, squeeze=False, width_ratios=(1.0, 0.07)))
+    panels = np.ravel(left.subfigures(down, across, squeeze=False))
     for row, index in enumerate(indices):
+        axes = panels[row].subplots(2, count)
         for column in range(count):
-            for axis in axes[2 * row : 2 * row + 2, column]:
+            for axis in axes[:, column]:
                 axis.set_axis_off()
-            axes[2 * row, column].imshow(frames[row, column])
-            axes[2 * row + 1, column].imshow(frames[row, column].mean(-1), cmap="gray", vmin=0, vmax=255)
-            axes[2 * row + 1, column].imshow(
+            axes[0, column].imshow(frames[row, column])
+            axes[1, column].imshow(frames[row, column].mean(-1), cmap="gray", vmin=0, vmax=255)
+            axes[1, column].imshow(
                 weight[row, column],
                 cmap=MAP_COLOURS,
                 norm=norm,
-                alpha=0.55,
+                alpha=0.6,
                 interpolation="bilinear",
                 extent=(-0.5, width - 0.5, height - 0.5, -0.5),
             )
         verb, noun = int(out.verb[row].argmax()), int(out.noun[row].argmax())
         truth = f"{VERBS[store.labels['verb'][index]]} {NOUNS[store.labels['noun'][index]]}"
-        axes[2 * row, 0].set_title(f"{truth}  (predicted: {VERBS[verb]} {NOUNS[noun]})", loc="left", fontsize=9)
-    figure.colorbar(matplotlib.cm.ScalarMappable(norm, MAP_COLOURS), ax=axes, shrink=0.3, label="weight 1 + C of a position in the pooling")
+        panels[row].suptitle(f"{truth}  (predicted: {VERBS[verb]} {NOUNS[noun]})", fontsize=10)
+    bar = matplotlib.cm.ScalarMappable(norm, MAP_COLOURS)
+    right.colorbar(bar, cax=right.subplots(), label="1 + C, the weight of a position in the pooling")
     figure.suptitle("Where RGB and flow agree: consensus maps on target test clips", fontsize=11)
     figure.savefig(run / "consensus.png", dpi=110)
     plt.close(figure)

@@ -1,0 +1,301 @@
+"""train.py: what a run leaves, that it repeats and resumes bitwise, and what it says to bad input."""
+
+import json
+import pickle
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from m3em_fast.data.digits import DigitsConfig, prepare
+from m3em_fast.data.store import FeatureStoreWriter, Modality
+from m3em_fast.uda import METHODS
+from m3em_fast.uda.checkpoint import CheckpointError
+
+MODALITIES = {
+    "RGB": Modality("map", 5, 6, 4, 4, "float16"),
+    "Flow": Modality("map", 5, 4, 4, 4, "float16"),
+    "Audio": Modality("vector", 5, 5, None, None, "float16"),
+}
+CLASSES = {"verb": 3, "noun": 4}
+
+
+def write_store(path, clips, seed, modalities=MODALITIES, labelled=True, flip=False):
+    rng = np.random.default_rng(seed)
+    labels = {kind: rng.integers(0, count, clips) for kind, count in CLASSES.items()}
+    features = {}
+    for name, m in modalities.items():
+        shape = (clips, m.frames, m.channels) + ((m.height, m.width) if m.kind == "map" else ())
+        x = rng.random(shape)
+        for kind, first in (("verb", 0), ("noun", 1)):
+            channel = (labels[kind] + first) % m.channels
+            x[np.arange(clips), :, channel] += 1.5
+        features[name] = x.astype(np.float16)
+    if flip:
+        labels = {kind: CLASSES[kind] - 1 - x for kind, x in labels.items()}
+    with FeatureStoreWriter(path, modalities, CLASSES) as writer:
+        writer.append([f"{path.name}_{i}" for i in range(clips)], features, labels if labelled else None)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stores")
+    sizes = {"source_train": 44, "source_val": 20, "target_train": 50, "target_test": 30}
+    for seed, (split, clips) in enumerate(sizes.items()):
+        write_store(folder / split, clips, seed, labelled=split != "target_train")
+    return folder
+
+
+def make_options(data, run, **changes):
+    sizes = {"epochs": 2, "batch_source": 10, "batch_target": 12, "lr_steps": (1,), "save_every": 2, "latent": 4}
+    return train.Options(data=data, run=run, **{**sizes, "fc_dim": 16, "relation_dim": 8, "device": "cpu", **changes})
+
+
+def copied(data, folder, *, without=()):
+    shutil.copytree(data, folder)
+    for split in without:
+        shutil.rmtree(folder / split)
+    return folder
+
+
+def call(monkeypatch, capsys, *arguments):
+    """Exit code, and standard error as a user sees it."""
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments)])
+    try:
+        code = train.main()
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr().err
+
+
+def test_a_run_leaves_everything_and_repeats_bitwise(data, tmp_path):
+    runs = [train.train(make_options(data, tmp_path / name)) for name in "ab"]
+    names = {path.name for path in runs[0].iterdir()}
+    assert {"checkpoint.pt", "metrics.json", "run.json", "curves.png"} <= names
+    assert "consensus.png" not in names  # these stores hold no frames to draw on
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert (runs[0] / "metrics.json").read_bytes() == (runs[1] / "metrics.json").read_bytes()
+    other = train.train(make_options(data, tmp_path / "c", seed=2))
+    assert (runs[0] / "metrics.json").read_bytes() != (other / "metrics.json").read_bytes()
+
+    metrics = json.loads((runs[0] / "metrics.json").read_text())
+    assert metrics["results"]["target_test"] == metrics["history"]["target_test"][-1]
+    assert len(metrics["history"]["loss"]) == 2 * 5  # 44 / 10 clips, the partial batch counts; target has as many
+    assert set(metrics["floor"]["source_val"]) == set(metrics["results"]["source_val"])
+    state = torch.load(runs[0] / "checkpoint.pt", weights_only=True)
+    assert state["epoch"] == 2 and state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.003)
+
+
+@pytest.mark.parametrize("saves", [1, 2, 4])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_resumed_run_ends_bitwise_where_an_undisturbed_one_does(data, tmp_path, monkeypatch, saves, precision):
+    whole = train.train(make_options(data, tmp_path / "whole", precision=precision))
+    real, count = train.save_checkpoint, 0
+
+    def save_and_stop(*arguments):
+        nonlocal count
+        real(*arguments)
+        count += 1
+        if count == saves:
+            raise KeyboardInterrupt
+
+    options = make_options(data, tmp_path / "cut", precision=precision)
+    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(options)
+    monkeypatch.setattr(train, "save_checkpoint", real)
+    assert not (tmp_path / "cut" / "metrics.json").exists()
+    torch.rand(7)  # whatever state the generator is in, the checkpoint's must win
+    resumed = train.train(make_options(data, tmp_path / "cut", precision=precision, resume=True))
+    assert (resumed / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_trains_close_to_float32(data, tmp_path, precision):
+    losses = {}
+    for name in ("fp32", precision):
+        run = train.train(make_options(data, tmp_path / name, precision=name, dropout=0.0, epochs=1))
+        losses[name] = json.loads((run / "metrics.json").read_text())["history"]["loss"]
+    assert np.isfinite(losses[precision]).all()
+    assert losses[precision] != losses["fp32"]
+    np.testing.assert_allclose(losses[precision][:2], losses["fp32"][:2], rtol=0.02)
+
+
+def test_target_labels_belong_in_no_loss(data, tmp_path):
+    other = copied(data, tmp_path / "data", without=["target_train"])
+    write_store(other / "target_train", 50, 2, flip=True)
+    runs = [train.train(make_options(d, tmp_path / n, epochs=1)) for n, d in (("a", data), ("b", other))]
+    assert (runs[0] / "metrics.json").read_bytes() == (runs[1] / "metrics.json").read_bytes()
+
+
+def test_source_only_never_reads_the_target(data, tmp_path):
+    other = copied(data, tmp_path / "data", without=["target_train"])
+    write_store(other / "target_train", 13, 77)
+    runs = [
+        train.train(make_options(d, tmp_path / n, epochs=1, method="source_only"))
+        for n, d in (("a", data), ("b", other))
+    ]
+    assert (runs[0] / "metrics.json").read_bytes() == (runs[1] / "metrics.json").read_bytes()
+
+
+def test_gradients_are_clipped(data, tmp_path):
+    options = make_options(data, tmp_path / "run", clip_gradient=1e-12, weight_decay=0.0, epochs=1)
+    run = train.train(options)
+    torch.manual_seed(options.seed)
+    fresh = train.build_model(train.resolve(options), train.open_stores(options)["source_train"])
+    trained = torch.load(run / "checkpoint.pt", weights_only=True)["model"]
+    for name, x in fresh.state_dict().items():
+        torch.testing.assert_close(trained[name], x, rtol=0, atol=1e-10)
+
+
+def test_the_presets_are_what_the_command_line_gives():
+    digits, epic = train.resolve(train.parse([])), train.resolve(train.parse(["--preset", "epic"]))
+    assert (epic.batch_source, epic.batch_target, epic.epochs, epic.lr_steps) == (128, 207, 30, (10, 20))
+    assert (epic.latent, epic.reduction, epic.fc_dim, epic.relation_dim) == (512, 16, 512, 256)
+    assert (epic.init, epic.lr, digits.init, digits.lr, digits.latent) == ("ta3n", 0.003, "torch", 0.03, 16)
+    assert train.resolve(train.parse(["--method", "ta3n"])).lr == 0.01
+    assert train.resolve(train.parse(["--lr", "0.5", "--preset", "epic", "--latent", "8"])).lr == 0.5
+    assert train.parse(["--latent", "8", "--preset", "epic"]).latent == 8
+
+
+BAD_OPTIONS = [
+    (["--epoch", "3"], "epoch"),
+    (["--method", "dann"], "source_only"),
+    (["--precision", "fp8"], "bf16"),
+    (["--epochs", "0"], "--epochs must be positive, got 0"),
+    (["--batch-source", "-1"], "--batch-source must be positive, got -1"),
+    (["--dropout", "1.5"], "--dropout must be from 0 to below 1, got 1.5"),
+    (["--device", "cuda"], "--device cuda: torch sees no CUDA device"),
+    (["--resume"], "--resume needs --run"),
+    (["--resume", "--run", "nowhere"], "there is no run folder nowhere"),
+    (["--data", "nowhere"], "--data nowhere is no folder"),
+    (["--num-scales", "9"], "num_scales must be from 1 to 3"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD_OPTIONS, ids=lambda x: " ".join(x) if isinstance(x, list) else ""
+)
+def test_bad_options_end_with_code_2_and_a_sentence(data, tmp_path, monkeypatch, capsys, arguments, message):
+    if arguments == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    monkeypatch.chdir(tmp_path)
+    given = arguments if "--data" in arguments else ["--data", data, *arguments]
+    code, err = call(monkeypatch, capsys, *given)
+    assert code == 2
+    assert message in err and "Traceback" not in err
+    assert not list(tmp_path.rglob("metrics.json"))
+
+
+def test_an_existing_run_is_never_overwritten(data, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.json").write_text("mine")
+    code, err = call(monkeypatch, capsys, "--data", data, "--run", tmp_path / "run")
+    assert code == 2 and "exists already" in err and err.count("\n") == 1
+    assert (tmp_path / "run" / "metrics.json").read_text() == "mine"
+    assert len(list((tmp_path / "run").iterdir())) == 1
+
+
+def test_bad_data_is_named(data, tmp_path, monkeypatch, capsys):
+    cases = {}
+    cases["missing"] = copied(data, tmp_path / "missing", without=["target_test"])
+    cases["labels"] = copied(data, tmp_path / "labels", without=["source_val"])
+    write_store(cases["labels"] / "source_val", 10, 0, labelled=False)
+    cases["shapes"] = copied(data, tmp_path / "shapes", without=["target_train"])
+    write_store(
+        cases["shapes"] / "target_train",
+        10,
+        0,
+        {**MODALITIES, "Audio": Modality("vector", 5, 7, None, None, "float16")},
+    )
+    messages = {
+        "missing": "target_test",
+        "labels": "source_val has no labels",
+        "shapes": "target_train has other modalities or shapes than source_train",
+    }
+    for name, folder in cases.items():
+        code, err = call(monkeypatch, capsys, "--data", folder, "--run", tmp_path / f"run-{name}", "--device", "cpu")
+        assert code == 2 and messages[name] in err and "Traceback" not in err, (name, err)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_place(data, tmp_path, monkeypatch, capsys):
+    code, err = call(monkeypatch, capsys, "--data", data, "--run", tmp_path / "run", "--lr", "1e30", "--device", "cpu")
+    assert code == 2 and "Traceback" not in err
+    message = err.splitlines()[-1]
+    assert "loss is nan at epoch 1 step 1" in message or "loss is inf at epoch 1 step 1" in message
+    assert "classification" in message and "source_train_" in message
+
+
+class Hostile:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (open, (str(self.marker), "w"))
+
+
+def test_bad_checkpoints_are_refused(data, tmp_path, monkeypatch, capsys):
+    good = train.train(make_options(data, tmp_path / "good", epochs=1)) / "checkpoint.pt"
+    marker = tmp_path / "ran"
+    later = torch.load(good, weights_only=True)
+    later["format"] = 99
+    wrong = {"cut": good.read_bytes()[:1000], "pickle": pickle.dumps(Hostile(marker)), "empty": b""}
+    for name, message in [
+        ("cut", "no readable checkpoint"),
+        ("pickle", "no readable checkpoint"),
+        ("empty", "no readable checkpoint"),
+        ("hostile", "no readable checkpoint"),
+        ("foreign", "no checkpoint of train.py"),
+        ("later", "has checkpoint format 99"),
+        ("options", "was started with --batch-source 10, not 32"),
+    ]:
+        run = tmp_path / name
+        run.mkdir()
+        path = run / "checkpoint.pt"
+        if name in wrong:
+            path.write_bytes(wrong[name])
+        elif name == "options":
+            shutil.copy(good, path)
+        else:
+            torch.save({"hostile": Hostile(marker), "foreign": {"weights": torch.ones(2)}, "later": later}[name], path)
+        before = path.read_bytes()
+        code, err = call(monkeypatch, capsys, "--data", data, "--run", run, "--resume", "--device", "cpu")
+        assert code == 2 and message in err and "Traceback" not in err, (name, err)
+        assert path.read_bytes() == before
+    assert not marker.exists()
+
+
+def test_a_checkpoint_of_another_shape_is_refused(data, tmp_path):
+    options = make_options(data, tmp_path / "run", epochs=1)
+    path = train.train(options) / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    state["model"] = {name: x[..., :1].clone() for name, x in state["model"].items()}
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        train.train(replace(options, resume=True))
+
+
+def test_bf16_is_refused_on_a_v100_and_fp16_named(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 0))
+    code, err = call(monkeypatch, capsys, "--data", data, "--run", tmp_path / "run", "--precision", "bf16")
+    assert code == 2 and "compute capability 8.0" in err and "--precision fp16" in err
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folders = prepare(tmp_path_factory.mktemp("digits"), DigitsConfig.reduced(), progress=False)
+    return folders["source_train"].parent
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_actions_of_the_target(digits, tmp_path, method):
+    run = train.train(train.Options(data=digits, run=tmp_path / "run", method=method, device="cpu"))
+    metrics = json.loads((run / "metrics.json").read_text())
+    reached = metrics["results"]["target_test"]["action_top1"]
+    floor = metrics["floor"]["target_test"]["action_top1"]
+    assert reached >= floor + 10, (method, reached, floor)
+    assert (run / "consensus.png").exists() == METHODS[method]["cmc"]
