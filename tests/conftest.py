@@ -1,0 +1,91 @@
+"""What tests share: threads, random examples, and the backend that an op test runs on."""
+
+import contextlib
+import os
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Plain asserts in these helpers are to show the values, as those in tests do.
+pytest.register_assert_rewrite("exact", "op_cases")
+
+import m3em_fast  # noqa: E402
+
+# One backend is one more word here: every test that takes the fixture `backend` then runs on it too.
+BACKENDS = ("reference",)
+
+# The same examples in every run and on every machine; `--hypothesis-profile=search` looks for new ones.
+COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+settings.register_profile("ci", derandomize=True, max_examples=50, database=None, **COMMON)
+settings.register_profile("search", max_examples=1000, **COMMON)
+settings.load_profile("ci")
+
+PASSED = pytest.StashKey[Counter]()
+
+
+def pytest_configure(config):
+    config.stash[PASSED] = Counter()
+    # Workers of pytest-xdist share the cores, and more threads than cores make small ops slower.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Runs the test on one backend and returns its name.
+
+    Memory that torch hands out without writing to it is NaN for as long (that is what deterministic algorithms do to
+    it), so an element that a kernel leaves out cannot be right by accident."""
+    request.node.user_properties.append(("backend", request.param))
+    choose = getattr(m3em_fast, "backend", None)
+    if choose is None and request.param != "reference":
+        raise RuntimeError("m3em_fast has no choice of backends yet")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with choose(request.param) if choose else contextlib.nullcontext():
+            yield request.param
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def backends_short_of_cases(passed):
+    """Backends that passed fewer cases than `reference`. A skip is no pass."""
+    return {name: count for name, count in passed.items() if count < passed["reference"]}
+
+
+def _short(config):
+    if config.option.keyword or any("::" in argument for argument in config.args):
+        return {}  # a run of chosen tests says nothing about the number of cases
+    return backends_short_of_cases(config.stash[PASSED])
+
+
+class _Count:
+    def __init__(self, config):
+        self.passed = config.stash[PASSED]
+
+    def pytest_runtest_logreport(self, report):
+        name = dict(report.user_properties).get("backend")
+        if name is not None:
+            self.passed[name] += report.when == "call" and report.passed
+
+
+def pytest_sessionstart(session):
+    # Under pytest-xdist the process that runs no test itself sees all reports; a worker has `workerinput`.
+    if not hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.register(_Count(session.config), "cases-by-backend")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session, exitstatus):
+    if exitstatus == pytest.ExitCode.OK and not hasattr(session.config, "workerinput") and _short(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for name, count in config.stash[PASSED].items():
+        terminalreporter.write_line(f"op tests passed on backend {name}: {count}")
+    for name in _short(config):
+        terminalreporter.write_line(f"FAILED: {name} passed fewer cases than reference (a skip is no pass)", red=True)

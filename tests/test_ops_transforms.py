@@ -1,0 +1,275 @@
+"""The ops under everything that PyTorch can put around a function: autocast, vmap, torch.func, the meta device, modes
+that watch every operator, and torch.compile."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import exact
+from m3em_fast import ops
+from op_cases import CALLS, DTYPES, FULL_CALLS, HALF, Call, check, random_grad, random_tensors
+
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+EVERY_CALL = pytest.mark.parametrize("call", CALLS, ids=str)
+FULL_CALL = pytest.mark.parametrize("call", FULL_CALLS, ids=str)
+AUTOCAST = pytest.mark.parametrize("half", HALF, ids=str)
+PROJECTION = Call("gated_projection", gates=2, bias=True)
+
+
+# -------------------------------------------------------------------------------------------------- autocast
+
+
+def assert_projection_in_half(backend, half, tensors):
+    """The result and gradients of a projection whose x, weight and bias were rounded to `half` first."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    with torch.autocast("cpu", dtype=half):
+        out = PROJECTION(*leaves)
+    assert out.dtype == half
+    rounded = [
+        tensor.to(half) if name in ("x", "weight", "bias") else tensor
+        for name, tensor in zip(PROJECTION.names, tensors, strict=True)
+    ]
+    expected = PROJECTION.exact(rounded)
+    once_more = PROJECTION.rounded("out", half, rounded, backend)
+    exact.assert_close(out, expected.value, exact.bound(expected, half, torch.float32, once_more))
+    grad = random_grad(out)
+    found = torch.autograd.grad(out, leaves, grad)
+    wanted = PROJECTION.exact_gradients(rounded, grad)
+    for name, leaf, cast, gradient, expected in zip(PROJECTION.names, leaves, rounded, found, wanted, strict=True):
+        assert gradient.dtype == leaf.dtype
+        # The gradient of a tensor that was cast comes back through the cast: it has been a number of that dtype first.
+        allowed = exact.bound(
+            expected, cast.dtype, torch.float32, PROJECTION.rounded(name, cast.dtype, rounded, backend)
+        )
+        if leaf.dtype != cast.dtype:
+            allowed = allowed + exact.unit_roundoff(leaf.dtype) * abs(expected.value)
+        exact.assert_close(gradient, expected.value, allowed, f"gradient by {name}")
+
+
+@AUTOCAST
+def test_projection_under_autocast(backend, half):
+    assert_projection_in_half(backend, half, random_tensors(PROJECTION, 2, 64, 7, 7, torch.float32))
+
+
+@AUTOCAST
+@pytest.mark.parametrize("store", HALF, ids=str)
+def test_projection_of_stored_features_under_autocast(backend, half, store):
+    """x in a half dtype, which need not be that of autocast, and parameters in float32."""
+    assert_projection_in_half(backend, half, random_tensors(PROJECTION, 2, 64, 7, 7, store, torch.float32))
+
+
+@AUTOCAST
+@EVERY_DTYPE
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+def test_projection_casts_as_conv2d_does(backend, half, dtype, weight_dtype):
+    """Every pair of dtypes that conv2d takes under autocast, this takes too, with a result in the same dtype."""
+    x, weight = torch.ones(2, 3, 4, 4, dtype=dtype), torch.ones(5, 3, dtype=weight_dtype)
+    gate = torch.ones(2, 3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    with torch.autocast("cpu", dtype=half):
+        try:
+            wanted = F.conv2d(x, weight[:, :, None, None]).dtype
+        except RuntimeError:  # float64 is not cast, and has no place beside another dtype
+            with pytest.raises(TypeError, match=r"weight must be .*, got b?float"):
+                ops.gated_projection(x, [gate], weight)
+        else:
+            assert ops.gated_projection(x, [gate], weight).dtype == wanted
+
+
+@AUTOCAST
+def test_gates_of_autocast_beside_float32_features(backend, half):
+    """Gates that a linear layer made under autocast, in its half dtype; x, which is cast, in float32."""
+    x, gate0, gate1, weight, bias = random_tensors(PROJECTION, 2, 8, 5, 4, torch.float32)
+    gates = [gate0.to(half), gate1.to(half)]
+    with torch.autocast("cpu", dtype=half):
+        out = ops.gated_projection(x, gates, weight, bias)
+        with torch.autocast("cpu", enabled=False):
+            assert ops.gated_projection(x, [gate0, gate1], weight, bias).dtype == torch.float32
+    rounded = [x.to(half), *gates, weight.to(half), bias.to(half)]
+    expected = PROJECTION.exact(rounded)
+    once_more = PROJECTION.rounded("out", half, rounded, backend)
+    exact.assert_close(out, expected.value, exact.bound(expected, half, torch.float32, once_more))
+
+
+@AUTOCAST
+@EVERY_DTYPE
+@pytest.mark.parametrize("call", [call for call in CALLS if call.op != "gated_projection"], ids=str)
+def test_other_ops_take_what_they_are_given(backend, call, half, dtype):
+    """The same bits as without autocast, forward and backward."""
+    tensors = random_tensors(call, 2, 8, 7, 5, dtype)
+    results = []
+    for enabled in (False, True):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        with torch.autocast("cpu", dtype=half, enabled=enabled):
+            out = call(*leaves)
+        results.append([out, *torch.autograd.grad(out, leaves, random_grad(out))])
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+# ------------------------------------------------------------------------------------------- vmap, torch.func
+
+
+def assert_exact(call, out, tensors):
+    expected = call.exact(tensors)
+    exact.assert_close(out, expected.value, exact.bound(expected, out.dtype, out.dtype), str(call))
+
+
+@EVERY_CALL
+def test_vmap(backend, call):
+    """Over every input, and over each input alone while the others are shared."""
+    clips = [random_tensors(call, 2, 3, 5, 4, torch.float32, key=(i,)) for i in range(3)]
+    stacked = [torch.stack(tensors) for tensors in zip(*clips, strict=True)]
+    out = torch.vmap(call)(*stacked)
+    for i, tensors in enumerate(clips):
+        assert_exact(call, out[i], tensors)
+    for mapped in range(len(stacked)):
+        inputs = [stacked[i] if i == mapped else clips[0][i] for i in range(len(stacked))]
+        dims = tuple(0 if i == mapped else None for i in range(len(stacked)))
+        out = torch.vmap(call, in_dims=dims)(*inputs)
+        for i in range(3):
+            assert_exact(call, out[i], [clips[i][k] if k == mapped else clips[0][k] for k in range(len(stacked))])
+
+
+@FULL_CALL
+def test_vmap_over_channels_last(backend, call):
+    """Under vmap torch does not answer questions about memory formats."""
+    clips = [random_tensors(call, 2, 3, 5, 4, torch.float32, key=(i,)) for i in range(3)]
+    stacked = [torch.stack(tensors) for tensors in zip(*clips, strict=True)]
+    last = [t.movedim(2, 4).contiguous().movedim(4, 2) if t.dim() == 5 else t for t in stacked]
+    out = torch.vmap(call)(*last)
+    for i, tensors in enumerate(clips):
+        assert_exact(call, out[i], tensors)
+
+
+@EVERY_CALL
+def test_func_grad(backend, call):
+    tensors = random_tensors(call, 2, 3, 5, 4, torch.float64)
+    weights = random_grad(call(*tensors))
+    found = torch.func.grad(lambda *inputs: (call(*inputs) * weights).sum(), argnums=tuple(range(len(tensors))))(
+        *tensors
+    )
+    for gradient, expected in zip(found, call.exact_gradients(tensors, weights), strict=True):
+        exact.assert_close(gradient, expected.value, exact.bound(expected, torch.float64, torch.float64), str(call))
+
+
+@EVERY_CALL
+def test_gradients_per_clip(backend, call):
+    """vmap over torch.func.grad."""
+    clips = [random_tensors(call, 1, 3, 5, 4, torch.float64, key=(i,)) for i in range(3)]
+    stacked = [torch.stack(tensors) for tensors in zip(*clips, strict=True)]
+    numbers = tuple(range(len(stacked)))
+    found = torch.vmap(torch.func.grad(lambda *inputs: call(*inputs).sum(), argnums=numbers))(*stacked)
+    for i, tensors in enumerate(clips):
+        ones = torch.ones(call.exact(tensors).value.shape, dtype=torch.float64)
+        for gradient, expected in zip(found, call.exact_gradients(tensors, ones), strict=True):
+            allowed = exact.bound(expected, torch.float64, torch.float64)
+            exact.assert_close(gradient[i], expected.value, allowed, str(call))
+
+
+@EVERY_CALL
+@pytest.mark.parametrize("mode", ["func", "dual"])
+def test_forward_mode(backend, call, mode):
+    """The derivative along one direction, against the difference of two exact values."""
+    tensors = random_tensors(call, 2, 3, 5, 4, torch.float64)
+    tangents = random_tensors(call, 2, 3, 5, 4, torch.float64, key=("tangent",))
+    if mode == "func":
+        out, found = torch.func.jvp(call, tuple(tensors), tuple(tangents))
+    else:
+        with torch.autograd.forward_ad.dual_level():
+            duals = [torch.autograd.forward_ad.make_dual(*pair) for pair in zip(tensors, tangents, strict=True)]
+            out, found = torch.autograd.forward_ad.unpack_dual(call(*duals))
+    assert_exact(call, out, tensors)
+    arrays, directions = [exact.array(t) for t in tensors], [exact.array(t) for t in tangents]
+    step = np.longdouble(2) ** -20
+    ends = [
+        call.exact([array + sign * step * direction for array, direction in zip(arrays, directions, strict=True)]).value
+        for sign in (1, -1)
+    ]
+    # Errors: the third derivative times step^2 / 6, and longdouble's rounding divided by the step.
+    wanted = ((ends[0] - ends[1]) / (2 * step)).astype(float)
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-9, atol=1e-10)
+
+
+# --------------------------------------------------------------------------------- meta and fake tensors, modes
+
+
+def on_meta(tensor):
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def assert_same_form(one, other):
+    assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+
+
+@EVERY_CALL
+@EVERY_DTYPE
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded"])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (0, 3, 7, 7), (1, 1, 1, 1)], ids=str)
+def test_meta_and_fake_tensors_have_the_form_of_the_result(backend, call, dtype, layout, shape):
+    tensors = random_tensors(call, *shape, dtype, layouts=[layout] * len(call.names))
+    wanted = call(*tensors)
+    assert_same_form(call(*map(on_meta, tensors)), wanted)
+    with FakeTensorMode() as mode:
+        assert_same_form(call(*[mode.from_tensor(tensor) for tensor in tensors]), wanted)
+
+
+@EVERY_CALL
+def test_gradients_on_the_meta_device(backend, call):
+    leaves = [on_meta(tensor).requires_grad_() for tensor in random_tensors(call, 2, 3, 5, 4, torch.float16)]
+    call(*leaves).sum().backward()
+    for leaf in leaves:
+        assert (leaf.grad.shape, leaf.grad.dtype, leaf.grad.device) == (leaf.shape, leaf.dtype, leaf.device)
+
+
+@EVERY_CALL
+def test_under_a_mode_that_watches_every_operator(backend, call):
+    tensors = random_tensors(call, 2, 3, 5, 4, torch.float32)
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    with FlopCounterMode(display=False) as counter:
+        check(backend, call, tensors)
+        forward = counter.get_total_flops()
+        call(*leaves).sum().backward()
+    if call.op == "gated_projection":
+        product = 2 * 2 * 5 * 4 * 3 * call.gates * tensors[call.names.index("weight")].shape[0]
+        assert forward >= product / call.gates
+
+
+class Tagged(torch.Tensor):
+    """A tensor subclass, which must stay one."""
+
+
+@EVERY_CALL
+def test_tensor_subclasses(backend, call):
+    tensors = random_tensors(call, 2, 3, 5, 4, torch.float32)
+    out = call(*[tensor.as_subclass(Tagged) for tensor in tensors])
+    assert type(out) is Tagged
+    assert_exact(call, out.as_subclass(torch.Tensor), tensors)
+
+
+# --------------------------------------------------------------------------------------------- torch.compile
+
+
+# Pooling windows that overlap (5 -> 2) have been the compiler's undoing. One scale of them is enough of a wait.
+COMPILED = [call for call in FULL_CALLS if call.op != "consensus_map"] + [
+    Call("consensus_map", options={"num_scales": 2})
+]
+
+
+@pytest.mark.parametrize("call", COMPILED, ids=str)
+def test_compiled(backend, call):
+    """As one graph, forward and backward. Other code may be generated for the same sums, so the bits may differ."""
+    torch.compiler.reset()
+    tensors = random_tensors(call, 2, 8, 5, 5, torch.float32)
+    compiled = torch.compile(lambda *inputs: call(*inputs), fullgraph=True)
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    out = compiled(*leaves)
+    assert_same_form(out, call(*tensors))
+    assert_exact(call, out, tensors)
+    grad = random_grad(out)
+    found = torch.autograd.grad(out, leaves, grad)
+    for gradient, expected in zip(found, call.exact_gradients(tensors, grad), strict=True):
+        exact.assert_close(gradient, expected.value, exact.bound(expected, torch.float32, torch.float32), str(call))
