@@ -1,0 +1,213 @@
+"""Feature store: frozen backbone features of one split on disk, read clip by clip without loading the rest.
+
+A store is a folder with one ``manifest.json`` and ``.npy`` shards of at most 256 MB. Nothing in it is ever unpickled,
+and a store that was truncated, altered or put together wrongly is refused with a sentence.
+
+``python -m m3em_fast.data.store PATH --verify`` prints what a store holds and checks every shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ._extra import needs
+from ._manifest import Manifest, Modality, Shard, StoreError, check_shard_header, load_manifest, sha256
+from ._writer import FeatureStoreWriter
+
+__all__ = ["FeatureStore", "FeatureStoreWriter", "Modality", "StoreError", "frame_offsets"]
+
+_VERIFIED = ".verified.json"
+
+
+def frame_offsets(stored: int, wanted: int) -> list[int]:
+    """Which of the stored frames an even selection takes: the middle of each of ``wanted`` equal segments.
+
+    This is int(tick / 2 + tick * i) with tick = stored / wanted, in exact arithmetic: 25 to 5 gives [2, 7, 12, 17, 22].
+
+    Raises:
+        StoreError: ``wanted`` is not from 1 to ``stored``.
+    """
+    if not 1 <= wanted <= stored:
+        raise StoreError(f"frames must be from 1 to the {stored} stored ones, got {wanted}.")
+    return [stored * (2 * i + 1) // (2 * wanted) for i in range(wanted)]
+
+
+class FeatureStore:
+    """Read a store.
+
+    Opening checks the manifest, and size and header of every shard; the checksum of a shard is checked at its first use
+    and remembered, by size and time of modification, in a small file in the store (in memory where it is read-only).
+
+    Args:
+        path: the store's folder.
+        verify: check every shard's checksum now.
+
+    Attributes:
+        clips: narration ids, in the store's order.
+        modalities: name -> :class:`Modality`.
+        labels: "verb" and "noun" -> int64 array (clips,); None for a split without labels.
+        num_classes: classes under each label name.
+        meta: what the writer was given.
+
+    Raises:
+        StoreError: anything about the store is not as it should be.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], verify: bool = False) -> None:
+        self.path = Path(path)
+        manifest: Manifest = load_manifest(self.path)
+        self.clips, self.modalities, self.labels = manifest.clips, manifest.modalities, manifest.labels
+        self.num_classes, self.meta = manifest.num_classes, manifest.meta
+        self._shards: dict[str, list[Shard]] = {name: [] for name in self.modalities}
+        self._offsets: dict[str, int] = {}
+        for shard in manifest.shards:
+            self._shards[shard.modality].append(shard)
+            self._offsets[shard.file] = check_shard_header(self.path, shard, self.modalities[shard.modality])
+        self._maps: dict[str, np.memmap[Any, Any]] = {}
+        self._verified = self._read_verified()
+        if verify:
+            for shard in manifest.shards:
+                self._check_sum(shard, again=True)
+            self._write_verified()
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __reduce__(self) -> tuple[type[FeatureStore], tuple[Path]]:
+        # A worker process opens the files itself; pickled memory maps would carry all the data.
+        return FeatureStore, (self.path,)
+
+    def read(
+        self,
+        indices: Sequence[int] | np.ndarray | torch.Tensor,
+        modalities: Iterable[str] | None = None,
+        frames: int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Features of some clips.
+
+        Args:
+            indices: positions (B,) in ``clips``, in any order, repetitions allowed.
+            modalities: names to read; all by default.
+            frames: how many of the stored frames, evenly spread (:func:`frame_offsets`); only these are read. All by
+                default.
+
+        Returns:
+            name -> float16 tensor, maps (B, frames, C, H, W) and vectors (B, frames, C).
+
+        Raises:
+            StoreError: an unknown modality, an index outside the store, more frames than stored, an altered shard.
+        """
+        wanted = list(self.modalities) if modalities is None else list(modalities)
+        for name in wanted:
+            if name not in self.modalities:
+                raise StoreError(f"{self.path} has no modality {name!r}; it has {', '.join(self.modalities)}.")
+        where = np.asarray(indices)
+        if where.size == 0:
+            where = where.astype(np.int64)
+        if where.ndim != 1 or where.dtype.kind not in "iu":
+            raise StoreError(f"indices must be one row of integers, got shape {where.shape} of {where.dtype}.")
+        where = where.astype(np.int64)
+        if where.size and not 0 <= where.min() <= where.max() < len(self):
+            bad = int(where.min() if where.min() < 0 else where.max())
+            raise StoreError(f"{self.path} holds clips 0 to {len(self) - 1}, got index {bad}.")
+        return {name: torch.from_numpy(self._gather(name, where, frames)) for name in wanted}
+
+    def _gather(self, name: str, where: np.ndarray, frames: int | None) -> np.ndarray:
+        modality, shards = self.modalities[name], self._shards[name]
+        picked = frame_offsets(modality.frames, modality.frames if frames is None else frames)
+        out = np.empty((len(where), len(picked), *modality.shape[1:]), np.float16)
+        owner = np.searchsorted([shard.start for shard in shards], where, side="right") - 1
+        for number in np.unique(owner):
+            shard, rows = shards[number], np.flatnonzero(owner == number)
+            stored, local = self._open(shard, modality), where[rows] - shard.start
+            values = stored[local] if len(picked) == modality.frames else stored[local[:, None], np.array(picked)]
+            if shard.scale is not None:
+                steps = np.array(shard.scale, np.float32).reshape(-1, *[1] * (values.ndim - 3))
+                values = values.astype(np.float32) * steps
+            out[rows] = values
+        return out
+
+    def _open(self, shard: Shard, modality: Modality) -> np.memmap[Any, Any]:
+        if shard.file not in self._maps:
+            if self._check_sum(shard, again=False):
+                self._write_verified()
+            self._maps[shard.file] = np.memmap(
+                self.path / shard.file,
+                dtype=modality.numpy_dtype,
+                mode="r",
+                offset=self._offsets[shard.file],
+                shape=(shard.clips, *modality.shape),
+            )
+        return self._maps[shard.file]
+
+    def _check_sum(self, shard: Shard, again: bool) -> bool:
+        """Whether the checksum had to be computed."""
+        path = self.path / shard.file
+        state = path.stat()
+        fact = [state.st_size, state.st_mtime_ns, shard.sha256]
+        if not again and self._verified.get(shard.file) == fact:
+            return False
+        found = sha256(path)
+        if found != shard.sha256:
+            raise StoreError(f"{path} was altered: its SHA-256 is {found}, the manifest says {shard.sha256}.")
+        self._verified[shard.file] = fact
+        return True
+
+    def _read_verified(self) -> dict[str, Any]:
+        try:
+            known = json.loads((self.path / _VERIFIED).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+    def _write_verified(self) -> None:
+        temporary = self.path / f"{_VERIFIED}.{uuid.uuid4().hex[:8]}"
+        with contextlib.suppress(OSError):
+            try:
+                temporary.write_text(json.dumps(self._verified), encoding="utf-8")
+                os.replace(temporary, self.path / _VERIFIED)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+def show(path: Path, /, verify: bool = False) -> None:
+    """Show what a feature store holds, after checking its manifest and the size and header of every shard.
+
+    Args:
+        path: The store's folder.
+        verify: Check the SHA-256 of every shard too.
+    """
+    store = FeatureStore(path, verify=verify)
+    print(f"{path}: {len(store)} clips")
+    for name, modality in store.modalities.items():
+        shape = " x ".join(str(extent) for extent in modality.shape)
+        print(f"  {name:8} {modality.kind:6} {shape} {modality.dtype}")
+    for label, classes in store.num_classes.items():
+        present = "no labels" if store.labels is None else f"{len(np.unique(store.labels[label]))} of them present"
+        print(f"  {label:8} {classes} classes, {present}")
+    if verify:
+        print("  every checksum is right")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of :func:`show`; one sentence on stderr and status 2 where something is refused."""
+    try:
+        needs("tyro").cli(show, args=arguments, prog="python -m m3em_fast.data.store")
+    except (StoreError, ImportError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
