@@ -27,7 +27,7 @@ help:
 train: $(VENV)/.train build
 	$(BIN)/python -m m3em_fast.data.digits --out $(DATA)
 	set -e; for method in $(METHODS); do $(BIN)/python train.py --method $$method --data $(DATA) --run $(RUN)/$$method; done
-	$(BIN)/python -m m3em_fast.uda.report $(addprefix $(RUN)/,$(METHODS))
+	$(BIN)/python -m m3em_fast.uda.report $(addprefix $(RUN)/,$(METHODS)) --markdown $(RUN)/comparison.md
 
 # loadfile: the tests of a file share what its fixtures made.
 test: lint build
