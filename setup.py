@@ -13,6 +13,7 @@ line says so; an error in our own sources fails.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -26,6 +27,14 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+# Every file of csrc/cpu but the dispatch is compiled once for each of these, and one is chosen at run time.
+ISAS = {
+    "plain": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+}
+if platform.machine().lower() not in ("x86_64", "amd64"):
+    ISAS = {"plain": []}
 SOURCES = sorted(p.relative_to(ROOT).as_posix() for d in ("csrc", "csrc/cpu") for p in (ROOT / d).glob("*.cpp"))
 HEADERS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.h"))
 CFLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
@@ -129,10 +138,14 @@ def ninja_file(build: str, library: str, version: str) -> str:
     ]
     objects = []
     for source in SOURCES:
-        objects.append(ninja_path(f"{build}/{source}.o"))
-        lines.append(f"build {objects[-1]}: compile {ninja_path(source)}")
-        if source == "csrc/bindings.cpp":
-            lines.append(f"  defines = {ninja_value(about)}")
+        kernel = source.startswith("csrc/cpu/") and source != "csrc/cpu/dispatch.cpp"
+        for isa, isa_flags in ISAS.items() if kernel else [("", [])]:
+            objects.append(ninja_path(f"{build}/{source}{'.' + isa if isa else ''}.o"))
+            lines.append(f"build {objects[-1]}: compile {ninja_path(source)}")
+            if source == "csrc/bindings.cpp":
+                lines.append(f"  defines = {ninja_value(about)}")
+            elif isa:
+                lines.append(f"  defines = {ninja_value([*isa_flags, '-DM3EM_ISA=' + isa])}")
     lines.append(f"build {ninja_path(library)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 

@@ -1,7 +1,12 @@
 // The Python module m3em_fast._C: pointers and sizes in, nothing of torch, so one build serves every torch version.
-#include <pybind11/pybind11.h>
+#include "cpu/kernels.h"
 
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
 #include <string>
+#include <vector>
 
 namespace py = pybind11;
 
@@ -81,6 +86,164 @@ py::dict build_info() {
     return info;
 }
 
+using Shape = std::array<int64_t, 4>;
+
+// A tensor comes as (address, dtype, strides), one that is not wanted or not there as None.
+m3em::Tensor tensor(const py::object &from) {
+    m3em::Tensor t;
+    if (from.is_none())
+        return t;
+    const py::tuple parts = from.cast<py::tuple>();
+    t.data = reinterpret_cast<void *>(parts[0].cast<uintptr_t>());
+    t.dtype = static_cast<m3em::Dtype>(parts[1].cast<int>());
+    const py::tuple strides = parts[2].cast<py::tuple>();
+    for (size_t i = 0; i < strides.size() && i < 4; ++i)
+        t.stride[i] = strides[i].cast<int64_t>();
+    return t;
+}
+
+std::vector<m3em::Tensor> tensors(const py::tuple &from) {
+    std::vector<m3em::Tensor> all;
+    for (const py::handle &one : from)
+        all.push_back(tensor(py::reinterpret_borrow<py::object>(one)));
+    return all;
+}
+
+void *address(uintptr_t at) { return reinterpret_cast<void *>(at); }
+
+void advise(const m3em::Tensor &t, int64_t numbers) {
+    constexpr int64_t size[] = {8, 4, 2, 2};
+    if (t.data)
+        m3em::advise_huge_pages(t.data, numbers * size[static_cast<int>(t.dtype)]);
+}
+
+m3em::ChannelGate channel_gate(const py::object &x, const Shape &shape, int num_gates, int threads) {
+    m3em::ChannelGate o;
+    o.x = tensor(x);
+    o.n = shape[0], o.c = shape[1], o.h = shape[2], o.w = shape[3];
+    o.num_gates = num_gates;
+    o.threads = m3em::usable_threads(threads);
+    return o;
+}
+
+void channel_gate_forward(const py::object &x, const py::tuple &gates, const py::object &out, const Shape &shape,
+                          int threads) {
+    const std::vector<m3em::Tensor> all = tensors(gates);
+    m3em::ChannelGate o = channel_gate(x, shape, int(all.size()), threads);
+    o.gates = all.data();
+    o.out = tensor(out);
+    py::gil_scoped_release released;
+    advise(o.out, o.n * o.num_gates * o.c * o.h * o.w);
+    m3em::kernels().channel_gate_forward(o);
+}
+
+void channel_gate_backward(const py::object &x, const py::tuple &gates, const py::object &grad_out,
+                           const py::object &grad_x, const py::tuple &grad_gates, const Shape &shape, int threads) {
+    const std::vector<m3em::Tensor> all = tensors(gates), grads = tensors(grad_gates);
+    m3em::ChannelGate o = channel_gate(x, shape, int(all.size()), threads);
+    o.gates = all.data();
+    o.grad_gates = grads.data();
+    o.grad_out = tensor(grad_out);
+    o.grad_x = tensor(grad_x);
+    py::gil_scoped_release released;
+    advise(o.grad_x, o.n * o.c * o.h * o.w);
+    m3em::kernels().channel_gate_backward(o);
+}
+
+m3em::ConsensusMap consensus_map(const py::object &a, const py::object &b, uintptr_t stats, const Shape &shape,
+                                 int num_scales, bool center, double eps, int threads) {
+    m3em::ConsensusMap m;
+    m.a = tensor(a);
+    m.b = tensor(b);
+    m.stats = address(stats);
+    m.n = shape[0], m.d = shape[1], m.h = shape[2], m.w = shape[3];
+    m.num_scales = num_scales;
+    m.center = center;
+    m.eps = eps;
+    m.threads = m3em::usable_threads(threads);
+    return m;
+}
+
+void consensus_map_forward(const py::object &a, const py::object &b, const py::object &out, uintptr_t stats,
+                           const Shape &shape, int num_scales, bool center, double eps, int threads) {
+    m3em::ConsensusMap m = consensus_map(a, b, stats, shape, num_scales, center, eps, threads);
+    m.out = tensor(out);
+    py::gil_scoped_release released;
+    m3em::kernels().consensus_map_forward(m);
+}
+
+void consensus_map_backward(const py::object &a, const py::object &b, const py::object &grad_out,
+                            const py::object &grad_a, const py::object &grad_b, uintptr_t stats, const Shape &shape,
+                            int num_scales, bool center, double eps, int threads) {
+    m3em::ConsensusMap m = consensus_map(a, b, stats, shape, num_scales, center, eps, threads);
+    m.grad_out = tensor(grad_out);
+    m.grad_a = tensor(grad_a);
+    m.grad_b = tensor(grad_b);
+    py::gil_scoped_release released;
+    advise(m.grad_a, m.n * m.d * m.h * m.w);
+    advise(m.grad_b, m.n * m.d * m.h * m.w);
+    m3em::kernels().consensus_map_backward(m);
+}
+
+m3em::ConsensusPool consensus_pool(const py::object &x, const py::object &cmap, const Shape &shape, int threads) {
+    m3em::ConsensusPool o;
+    o.x = tensor(x);
+    o.cmap = tensor(cmap);
+    o.n = shape[0], o.c = shape[1], o.h = shape[2], o.w = shape[3];
+    o.threads = m3em::usable_threads(threads);
+    return o;
+}
+
+void consensus_pool_forward(const py::object &x, const py::object &cmap, const py::object &out, const Shape &shape,
+                            int threads) {
+    m3em::ConsensusPool o = consensus_pool(x, cmap, shape, threads);
+    o.out = tensor(out);
+    py::gil_scoped_release released;
+    m3em::kernels().consensus_pool_forward(o);
+}
+
+void consensus_pool_backward(const py::object &x, const py::object &cmap, const py::object &grad_out,
+                             const py::object &grad_x, const py::object &grad_cmap, const Shape &shape, int threads) {
+    m3em::ConsensusPool o = consensus_pool(x, cmap, shape, threads);
+    o.grad_out = tensor(grad_out);
+    o.grad_x = tensor(grad_x);
+    o.grad_cmap = tensor(grad_cmap);
+    py::gil_scoped_release released;
+    advise(o.grad_x, o.n * o.c * o.h * o.w);
+    m3em::kernels().consensus_pool_backward(o);
+}
+
+m3em::GatedProjection gated_projection(const py::object &weight, int64_t d, int64_t c, int64_t first, int64_t m,
+                                       uintptr_t matrix, int num_gates, int threads) {
+    m3em::GatedProjection o;
+    o.weight = tensor(weight);
+    o.d = d, o.c = c, o.first = first, o.m = m;
+    o.matrix = address(matrix);
+    o.num_gates = num_gates;
+    o.threads = m3em::usable_threads(threads);
+    return o;
+}
+
+void gated_projection_fold(const py::object &weight, const py::tuple &gates, uintptr_t matrix, int64_t d, int64_t c,
+                           int64_t first, int64_t m, int threads) {
+    const std::vector<m3em::Tensor> all = tensors(gates);
+    m3em::GatedProjection o = gated_projection(weight, d, c, first, m, matrix, int(all.size()), threads);
+    o.gates = all.data();
+    py::gil_scoped_release released;
+    m3em::kernels().gated_projection_fold(o);
+}
+
+void gated_projection_unfold(const py::object &weight, const py::tuple &gates, uintptr_t matrix, uintptr_t grad_weight,
+                             const py::tuple &grad_gates, int64_t d, int64_t c, int64_t first, int64_t m, int threads) {
+    const std::vector<m3em::Tensor> all = tensors(gates), grads = tensors(grad_gates);
+    m3em::GatedProjection o = gated_projection(weight, d, c, first, m, matrix, int(all.size()), threads);
+    o.gates = all.data();
+    o.grad_gates = grads.data();
+    o.grad_weight = address(grad_weight);
+    py::gil_scoped_release released;
+    m3em::kernels().gated_projection_unfold(o);
+}
+
 } // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -88,4 +251,16 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "build_info", &build_info,
         "What this module was built with. openmp is the date of the standard as the compiler gives it, or None.");
+    module.def("isa", [] { return m3em::kernels().isa; }, "The instruction set of the kernels in use.");
+    module.def("choose_isa", &m3em::choose_kernels, "Use the kernels of another one; False where that cannot be.");
+    module.def("forked", &m3em::forked, "Whether this is a forked child, where the kernels run on one thread.");
+    module.def("consensus_map_stats", &m3em::consensus_map_stats);
+    module.def("channel_gate_forward", &channel_gate_forward);
+    module.def("channel_gate_backward", &channel_gate_backward);
+    module.def("consensus_map_forward", &consensus_map_forward);
+    module.def("consensus_map_backward", &consensus_map_backward);
+    module.def("consensus_pool_forward", &consensus_pool_forward);
+    module.def("consensus_pool_backward", &consensus_pool_backward);
+    module.def("gated_projection_fold", &gated_projection_fold);
+    module.def("gated_projection_unfold", &gated_projection_unfold);
 }

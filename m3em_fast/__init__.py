@@ -6,5 +6,6 @@
 
 from m3em_fast import nn, ops
 from m3em_fast._version import __version__
+from m3em_fast.backends import backend
 
-__all__ = ["__version__", "nn", "ops"]
+__all__ = ["__version__", "backend", "nn", "ops"]

@@ -117,7 +117,7 @@ def consensus_map(
     return total.to(out_dtype).contiguous()
 
 
-def _pool(x: Tensor, cmap: Tensor | None) -> Tensor:
+def pool(x: Tensor, cmap: Tensor | None) -> Tensor:
     """The pooled vector in the accumulation dtype, not yet rounded."""
     acc = accumulation_dtype(x.dtype)
     x = x.to(acc)
@@ -127,11 +127,11 @@ def _pool(x: Tensor, cmap: Tensor | None) -> Tensor:
 
 
 def consensus_pool(x: Tensor, cmap: Tensor | None) -> Tensor:
-    return _pool(x, cmap).to(widest(x, cmap))
+    return pool(x, cmap).to(widest(x, cmap))
 
 
 def gated_consensus_pool(x: Tensor, gates: Sequence[Tensor], cmap: Tensor | None) -> Tensor:
-    pooled = _pool(x, cmap)
+    pooled = pool(x, cmap)
     return torch.cat([pooled * gate.to(pooled.dtype) for gate in gates], dim=1).to(widest(x, cmap, *gates))
 
 

@@ -1,6 +1,5 @@
 """What tests share: threads, random examples, and the backend that an op test runs on."""
 
-import contextlib
 import os
 from collections import Counter
 
@@ -14,7 +13,7 @@ pytest.register_assert_rewrite("exact", "op_cases")
 import m3em_fast  # noqa: E402
 
 # One backend is one more word here: every test that takes the fixture `backend` then runs on it too.
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpu")
 
 # The same examples in every run and on every machine; `--hypothesis-profile=search` looks for new ones.
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
@@ -39,16 +38,20 @@ def backend(request):
     Memory that torch hands out without writing to it is NaN for as long (that is what deterministic algorithms do to
     it), so an element that a kernel leaves out cannot be right by accident."""
     request.node.user_properties.append(("backend", request.param))
-    choose = getattr(m3em_fast, "backend", None)
-    if choose is None and request.param != "reference":
-        raise RuntimeError("m3em_fast has no choice of backends yet")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with choose(request.param) if choose else contextlib.nullcontext():
+        with m3em_fast.backend(request.param):
             yield request.param
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def automatic():
+    """The choice of the backend left to the package, for calls that kernels cannot serve: the reference then does."""
+    with m3em_fast.backend("auto"):
+        yield "reference"
 
 
 def backends_short_of_cases(passed):

@@ -9,7 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import exact
+import m3em_fast
 from m3em_fast import ops
+from m3em_fast.backends import BACKENDS, BackendError
 from op_cases import CALLS, DTYPES, FULL_CALLS, HALF, Call, check, random_grad, random_tensors
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -119,7 +121,7 @@ def assert_exact(call, out, tensors):
 
 
 @EVERY_CALL
-def test_vmap(backend, call):
+def test_vmap(automatic, call):
     """Over every input, and over each input alone while the others are shared."""
     clips = [random_tensors(call, 2, 3, 5, 4, torch.float32, key=(i,)) for i in range(3)]
     stacked = [torch.stack(tensors) for tensors in zip(*clips, strict=True)]
@@ -135,7 +137,7 @@ def test_vmap(backend, call):
 
 
 @FULL_CALL
-def test_vmap_over_channels_last(backend, call):
+def test_vmap_over_channels_last(automatic, call):
     """Under vmap torch does not answer questions about memory formats."""
     clips = [random_tensors(call, 2, 3, 5, 4, torch.float32, key=(i,)) for i in range(3)]
     stacked = [torch.stack(tensors) for tensors in zip(*clips, strict=True)]
@@ -146,7 +148,7 @@ def test_vmap_over_channels_last(backend, call):
 
 
 @EVERY_CALL
-def test_func_grad(backend, call):
+def test_func_grad(automatic, call):
     tensors = random_tensors(call, 2, 3, 5, 4, torch.float64)
     weights = random_grad(call(*tensors))
     found = torch.func.grad(lambda *inputs: (call(*inputs) * weights).sum(), argnums=tuple(range(len(tensors))))(
@@ -157,7 +159,7 @@ def test_func_grad(backend, call):
 
 
 @EVERY_CALL
-def test_gradients_per_clip(backend, call):
+def test_gradients_per_clip(automatic, call):
     """vmap over torch.func.grad."""
     clips = [random_tensors(call, 1, 3, 5, 4, torch.float64, key=(i,)) for i in range(3)]
     stacked = [torch.stack(tensors) for tensors in zip(*clips, strict=True)]
@@ -172,7 +174,7 @@ def test_gradients_per_clip(backend, call):
 
 @EVERY_CALL
 @pytest.mark.parametrize("mode", ["func", "dual"])
-def test_forward_mode(backend, call, mode):
+def test_forward_mode(automatic, call, mode):
     """The derivative along one direction, against the difference of two exact values."""
     tensors = random_tensors(call, 2, 3, 5, 4, torch.float64)
     tangents = random_tensors(call, 2, 3, 5, 4, torch.float64, key=("tangent",))
@@ -209,7 +211,7 @@ def assert_same_form(one, other):
 @EVERY_DTYPE
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded"])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4), (0, 3, 7, 7), (1, 1, 1, 1)], ids=str)
-def test_meta_and_fake_tensors_have_the_form_of_the_result(backend, call, dtype, layout, shape):
+def test_meta_and_fake_tensors_have_the_form_of_the_result(automatic, call, dtype, layout, shape):
     tensors = random_tensors(call, *shape, dtype, layouts=[layout] * len(call.names))
     wanted = call(*tensors)
     assert_same_form(call(*map(on_meta, tensors)), wanted)
@@ -218,7 +220,7 @@ def test_meta_and_fake_tensors_have_the_form_of_the_result(backend, call, dtype,
 
 
 @EVERY_CALL
-def test_gradients_on_the_meta_device(backend, call):
+def test_gradients_on_the_meta_device(automatic, call):
     leaves = [on_meta(tensor).requires_grad_() for tensor in random_tensors(call, 2, 3, 5, 4, torch.float16)]
     call(*leaves).sum().backward()
     for leaf in leaves:
@@ -226,11 +228,11 @@ def test_gradients_on_the_meta_device(backend, call):
 
 
 @EVERY_CALL
-def test_under_a_mode_that_watches_every_operator(backend, call):
+def test_under_a_mode_that_watches_every_operator(automatic, call):
     tensors = random_tensors(call, 2, 3, 5, 4, torch.float32)
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     with FlopCounterMode(display=False) as counter:
-        check(backend, call, tensors)
+        check(automatic, call, tensors)
         forward = counter.get_total_flops()
         call(*leaves).sum().backward()
     if call.op == "gated_projection":
@@ -243,11 +245,33 @@ class Tagged(torch.Tensor):
 
 
 @EVERY_CALL
-def test_tensor_subclasses(backend, call):
+def test_tensor_subclasses(automatic, call):
     tensors = random_tensors(call, 2, 3, 5, 4, torch.float32)
     out = call(*[tensor.as_subclass(Tagged) for tensor in tensors])
     assert type(out) is Tagged
     assert_exact(call, out.as_subclass(torch.Tensor), tensors)
+
+
+@EVERY_CALL
+@pytest.mark.parametrize("kernels", [name for name in BACKENDS if name != "reference"])
+def test_a_backend_chosen_by_name_says_why_it_cannot_serve_a_call(kernels, call):
+    tensors = random_tensors(call, 2, 3, 5, 4, torch.float32)
+    tagged = [tensor.as_subclass(Tagged) for tensor in tensors]
+    transform = "a transform of torch.func|forward-mode"
+    with m3em_fast.backend(kernels):
+        for reason, attempt in [
+            (transform, lambda: torch.vmap(call)(*[tensor[None] for tensor in tensors])),
+            (transform, lambda: torch.func.grad(lambda *inputs: call(*inputs).sum())(*tensors)),
+            (transform, lambda: torch.func.jvp(call, tuple(tensors), tuple(tensors))),
+            ("tensors on meta", lambda: call(*map(on_meta, tensors))),
+            ("not Tagged", lambda: call(*tagged)),
+        ]:
+            with pytest.raises(
+                BackendError, match=rf"{call.op}: backend {kernels} cannot serve this call: .*({reason})"
+            ):
+                attempt()
+        with FlopCounterMode(display=False), pytest.raises(BackendError, match="dispatch mode"):
+            call(*tensors)
 
 
 # --------------------------------------------------------------------------------------------- torch.compile
@@ -260,7 +284,7 @@ COMPILED = [call for call in FULL_CALLS if call.op != "consensus_map"] + [
 
 
 @pytest.mark.parametrize("call", COMPILED, ids=str)
-def test_compiled(backend, call):
+def test_compiled(automatic, call):
     """As one graph, forward and backward. Other code may be generated for the same sums, so the bits may differ."""
     torch.compiler.reset()
     tensors = random_tensors(call, 2, 8, 5, 5, torch.float32)

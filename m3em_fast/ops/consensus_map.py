@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from m3em_fast import reference
+from m3em_fast.backends import native
 from m3em_fast.ops import _checks
+from m3em_fast.ops._cpu import arg, args, gradient_of
+from m3em_fast.ops._function import Kernels, Op, Tensors
 
 _OP = "consensus_map"
 
@@ -57,7 +61,7 @@ def consensus_map(
     out_dtype = torch.float32 if a.is_cuda and torch.is_autocast_enabled("cuda") else a.dtype
     if a.dtype == torch.float64:
         out_dtype = a.dtype
-    return reference.consensus_map(a, b, scales, center, float(eps), out_dtype)
+    return _op((scales, center, float(eps), out_dtype), a, b)
 
 
 def resolve_num_scales(num_scales: int | None, height: int, width: int) -> int:
@@ -73,3 +77,37 @@ def resolve_num_scales(num_scales: int | None, height: int, width: int) -> int:
             f"(limit = 1 + floor(log2(max(H, W)))), got {num_scales}"
         )
     return int(num_scales)
+
+
+def _reference(options: tuple, tensors: Tensors) -> Tensor:
+    return reference.consensus_map(*tensors, *options)
+
+
+def _cpu_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor, Sequence[Tensor]]:
+    a, b = tensors
+    scales, center, eps, _ = options
+    n, _, h, w = shape = a.shape
+    out = torch.empty((n, 1, h, w), dtype=a.dtype)
+    saved = []
+    if saves:
+        size = native.consensus_map_stats(h, w, scales, center)
+        saved.append(torch.empty((n, size), dtype=reference.accumulation_dtype(a.dtype)))
+    stats = saved[0].data_ptr() if saves else 0
+    native.consensus_map_forward(arg(a), arg(b), arg(out), stats, shape, scales, center, eps, torch.get_num_threads())
+    return out, saved
+
+
+def _cpu_backward(
+    options: tuple, grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    a, b = tensors
+    scales, center, eps, _ = options
+    grads = [gradient_of(t, need) for t, need in zip(tensors, needs, strict=True)]
+    stats = saved[0].data_ptr()
+    native.consensus_map_backward(
+        arg(a), arg(b), arg(grad), *args(grads), stats, a.shape, scales, center, eps, torch.get_num_threads()
+    )
+    return grads
+
+
+_op = Op(_OP, _reference, lambda needs: (True, True), {"cpu": Kernels(_cpu_forward, _cpu_backward)})

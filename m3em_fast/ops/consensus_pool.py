@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from m3em_fast import reference
+from m3em_fast.backends import native
 from m3em_fast.ops import _checks
+from m3em_fast.ops._cpu import arg, gradient_of
+from m3em_fast.ops._function import Kernels, Op, Tensors
 
 
 def consensus_pool(x: Tensor, cmap: Tensor | None = None) -> Tensor:
@@ -25,4 +31,37 @@ def consensus_pool(x: Tensor, cmap: Tensor | None = None) -> Tensor:
     _checks.tensor("consensus_pool", "x", x, 4, "(N,C,H,W)")
     if cmap is not None:
         _checks.consensus("consensus_pool", cmap, x)
-    return reference.consensus_pool(x, cmap)
+    return pool(x, cmap, reference.widest(x, cmap))
+
+
+def pool(x: Tensor, cmap: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``consensus_pool`` of checked tensors, rounded to a dtype of the caller's choice."""
+    return _op((dtype,), x, cmap)
+
+
+def _reference(options: tuple, tensors: Tensors) -> Tensor:
+    return reference.pool(*tensors).to(options[0])
+
+
+def _cpu_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor, Sequence[Tensor]]:
+    x, cmap = tensors
+    out = torch.empty(x.shape[:2], dtype=options[0])
+    native.consensus_pool_forward(arg(x), arg(cmap), arg(out), x.shape, torch.get_num_threads())
+    return out, ()
+
+
+def _cpu_backward(
+    options: tuple, grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    x, cmap = tensors
+    grad_x = gradient_of(x, needs[0])
+    grad_cmap = torch.empty(cmap.shape, dtype=cmap.dtype) if needs[1] else None
+    native.consensus_pool_backward(
+        arg(x), arg(cmap), arg(grad), arg(grad_x), arg(grad_cmap), x.shape, torch.get_num_threads()
+    )
+    return grad_x, grad_cmap
+
+
+_op = Op(
+    "consensus_pool", _reference, lambda needs: (needs[1], needs[0]), {"cpu": Kernels(_cpu_forward, _cpu_backward)}
+)

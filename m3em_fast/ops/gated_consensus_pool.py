@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from m3em_fast import reference
+from m3em_fast import backends, reference
 from m3em_fast.ops import _checks
+from m3em_fast.ops.consensus_pool import pool
 
 
 def gated_consensus_pool(x: Tensor, gates: Sequence[Tensor], cmap: Tensor | None = None) -> Tensor:
@@ -29,4 +31,9 @@ def gated_consensus_pool(x: Tensor, gates: Sequence[Tensor], cmap: Tensor | None
     gates = _checks.gates("gated_consensus_pool", gates, x)
     if cmap is not None:
         _checks.consensus("gated_consensus_pool", cmap, x)
-    return reference.gated_consensus_pool(x, gates, cmap)
+    if backends.choose("gated_consensus_pool", ("cpu",), (x, *gates, cmap)) == "reference":
+        return reference.gated_consensus_pool(x, gates, cmap)
+    # No kernel of its own: pool once, not yet rounded, then a product of small tensors in plain torch.
+    pooled = pool(x, cmap, reference.accumulation_dtype(x.dtype))
+    gated = torch.cat([pooled * gate.to(pooled.dtype) for gate in gates], dim=1)
+    return gated.to(reference.widest(x, cmap, *gates))

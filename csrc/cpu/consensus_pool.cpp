@@ -1,0 +1,147 @@
+// consensus_pool: one read of x; backward, one write of its gradient, and a read of x only where the map's gradient is
+// wanted.
+#include "cpu/tile.h"
+
+namespace m3em {
+namespace M3EM_ISA {
+namespace {
+
+constexpr int64_t B = 16; // channels of a block
+
+// weight[position] = 1 + cmap
+template <class A>
+void weights(const ConsensusPool &o, int64_t n, A *weight) {
+    const int64_t *s = o.cmap.stride;
+    for (int64_t y = 0; y < o.h; ++y)
+        for (int64_t x = 0; x < o.w; ++x)
+            weight[y * o.w + x] = o.cmap.data ? A(1) + element<A>(o.cmap, n * s[0] + y * s[2] + x * s[3]) : A(1);
+}
+
+template <class T>
+void forward(const ConsensusPool &o) {
+    using A = typename acc_of<T>::type;
+    using vec = typename vec_of<A>::type;
+    const int64_t p = o.h * o.w;
+    const Layout layout = layout_of(o.x, o.c, o.h, o.w);
+    const int64_t bytes = int64_t(sizeof(A)) * (p + B * p + V * p) + 4 * 64;
+    for_each(o.n, o.threads, bytes, [&](Scratch &scratch, int64_t n) {
+        A *weight = scratch.take<A>(p);
+        A *room = scratch.take<A>(B * p);
+        A *tile = scratch.take<A>(V * p);
+        weights(o, n, weight);
+        const T *x = sample_of<const T>(o.x, n);
+        if (layout != Layout::channels_last) {
+            for (int64_t c0 = 0; c0 < o.c; c0 += B) {
+                const int64_t count = o.c - c0 < B ? o.c - c0 : B;
+                const A *rows = load_rows<T, A>(x, o.x, layout, c0, count, o.h, o.w, room);
+                for (int64_t i = 0; i < count; ++i)
+                    put_matrix(o.out, n, c0 + i, dot_row(rows + i * p, weight, p) / A(p));
+            }
+            return;
+        }
+        for (int64_t c0 = 0; c0 < o.c; c0 += V) {
+            const int count = int(o.c - c0 < V ? o.c - c0 : V);
+            load_tile<T, A>(x, o.x, layout, c0, count, o.c, o.h, o.w, room, tile);
+            vec sum{};
+            for (int64_t q = 0; q < p; ++q)
+                sum += reinterpret_cast<const vec *>(tile)[q] * weight[q];
+            for (int i = 0; i < count; ++i)
+                put_matrix(o.out, n, c0 + i, sum[i] / A(p));
+        }
+    });
+}
+
+template <class T>
+void backward(const ConsensusPool &o) {
+    using A = typename acc_of<T>::type;
+    using vec = typename vec_of<A>::type;
+    const int64_t p = o.h * o.w;
+    const Layout layout = layout_of(o.x, o.c, o.h, o.w), gx_layout = layout_of(o.grad_x, o.c, o.h, o.w);
+    const int64_t bytes = int64_t(sizeof(A)) * (p + V * p + 3 * V * p + o.c) + 6 * 64;
+    for_each(o.n, o.threads, bytes, [&](Scratch &scratch, int64_t n) {
+        A *weight = scratch.take<A>(p);
+        A *lanes = scratch.take<A>(V * p);
+        A *rows = scratch.take<A>(V * p);
+        A *tile = scratch.take<A>(V * p);
+        A *made = scratch.take<A>(V * p);
+        A *go = scratch.take<A>(o.c);
+        weights(o, n, weight);
+        for (int64_t c = 0; c < o.c; ++c)
+            go[c] = matrix_at<A>(o.grad_out, n, c) / A(p);
+        if (o.grad_x.data && gx_layout == Layout::rows) {
+            T *to = sample_of<T>(o.grad_x, n);
+            for (int64_t c0 = 0; c0 < o.c; c0 += V) {
+                const int64_t count = o.c - c0 < V ? o.c - c0 : V;
+                A *result = made;
+                if constexpr (sizeof(T) == sizeof(A))
+                    result = reinterpret_cast<A *>(to + c0 * p);
+                for (int64_t i = 0; i < count; ++i) {
+                    A *row = result + i * p;
+                    const A g = go[c0 + i];
+                    int64_t q = 0;
+                    for (; q + V <= p; q += V)
+                        *reinterpret_cast<vec *>(row + q) = *reinterpret_cast<const vec *>(weight + q) * g;
+                    for (; q < p; ++q)
+                        row[q] = weight[q] * g;
+                }
+                if constexpr (sizeof(T) != sizeof(A))
+                    narrow_row(made, to + c0 * p, count * p);
+            }
+        } else if (o.grad_x.data) {
+            for (int64_t c0 = 0; c0 < o.c; c0 += V) {
+                const int count = int(o.c - c0 < V ? o.c - c0 : V);
+                vec g{};
+                for (int i = 0; i < count; ++i)
+                    g[i] = go[c0 + i];
+                for (int64_t q = 0; q < p; ++q)
+                    reinterpret_cast<vec *>(tile)[q] = g * weight[q];
+                store_tile<T, A>(tile, sample_of<T>(o.grad_x, n), o.grad_x, gx_layout, c0, count, o.c, o.h, o.w, rows);
+            }
+        }
+        if (!o.grad_cmap.data)
+            return;
+        // Per position the sum over channels of go*x: in lanes of a tile where channels lie together, else per row.
+        for (int64_t i = 0; i < V * p; ++i)
+            lanes[i] = 0;
+        for (int64_t c0 = 0; c0 < o.c; c0 += V) {
+            const int count = int(o.c - c0 < V ? o.c - c0 : V);
+            const T *x = sample_of<const T>(o.x, n);
+            if (layout == Layout::channels_last) {
+                load_tile<T, A>(x, o.x, layout, c0, count, o.c, o.h, o.w, rows, tile);
+                vec g{};
+                for (int i = 0; i < count; ++i)
+                    g[i] = go[c0 + i];
+                for (int64_t q = 0; q < p; ++q)
+                    reinterpret_cast<vec *>(lanes)[q] += reinterpret_cast<const vec *>(tile)[q] * g;
+                continue;
+            }
+            const A *from = load_rows<T, A>(x, o.x, layout, c0, count, o.h, o.w, tile);
+            // Row i adds to its own partial sums, so that a sum over many channels is one of eight short ones.
+            for (int i = 0; i < count; ++i) {
+                A *sum = lanes + i * p;
+                for (int64_t q = 0; q < p; ++q)
+                    sum[q] += from[i * p + q] * go[c0 + i];
+            }
+        }
+        const bool tiled = layout == Layout::channels_last;
+        for (int64_t q = 0; q < p; ++q) {
+            A part[V];
+            for (int i = 0; i < V; ++i)
+                part[i] = tiled ? lanes[q * V + i] : lanes[i * p + q];
+            const A sum = ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+            put(o.grad_cmap, n * p + q, sum);
+        }
+    });
+}
+
+} // namespace
+
+void consensus_pool_forward(const ConsensusPool &o) {
+    with_type(o.x.dtype, [&](auto t) { forward<decltype(t)>(o); });
+}
+void consensus_pool_backward(const ConsensusPool &o) {
+    with_type(o.x.dtype, [&](auto t) { backward<decltype(t)>(o); });
+}
+
+} // namespace M3EM_ISA
+} // namespace m3em

@@ -1,0 +1,142 @@
+"""From kernels to a differentiable op: one forward, one backward, and a second derivative from the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3em_fast import backends
+
+# A tuple of tensors in the order of the op's signature, None for an optional one that is not given. Typed as Any, for
+# a checker cannot know which of them may be None.
+Tensors = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What one backend brings for one op. ``options`` are the op's arguments that are no tensors.
+
+    Attributes:
+        forward: (options, tensors, saves) -> the result, and what the backward will need besides the inputs (nothing
+            where ``saves`` is False).
+        backward: (options, gradient, tensors, saved, needs) -> one gradient for every tensor, None where ``needs`` is
+            False. The gradient may come with any strides, 0 included. In the place of an input that is not read there
+            stands a tensor of its form without memory.
+    """
+
+    forward: Callable[[tuple, Tensors, bool], tuple[Tensor, Sequence[Tensor]]]
+    backward: Callable[[tuple, Tensor, Tensors, Sequence[Tensor], Sequence[bool]], Sequence[Tensor | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One op: its name, its definition and its kernels.
+
+    Attributes:
+        reference: (options, tensors) -> the result, made of differentiable torch functions.
+        reads: needs -> which inputs the backward reads when it makes the needed gradients. The others are not kept:
+            the op is linear in them, so that their values are in none of these gradients.
+        kernels: backend -> kernels.
+    """
+
+    name: str
+    reference: Callable[[tuple, Tensors], Tensor]
+    reads: Callable[[Sequence[bool]], Sequence[bool]]
+    kernels: Mapping[str, Kernels]
+
+    def __call__(self, options: tuple, *tensors: Tensor | None) -> Tensor:
+        backend = backends.choose(self.name, self.kernels, tensors)
+        if backend == "reference":
+            return self.reference(options, tensors)
+        if torch.is_grad_enabled():
+            for t in tensors:
+                if t is not None and t.requires_grad:
+                    return _Apply.apply(self, options, backend, *tensors)
+        return self.kernels[backend].forward(options, tensors, False)[0]
+
+
+class _Call:
+    """What a backward has to know of its forward, besides the tensors that are saved."""
+
+    def __init__(self, op: Op, options: tuple, backend: str, tensors: Tensors, needs: Sequence[bool]) -> None:
+        self.op, self.options, self.backend, self.needs = op, options, backend, needs
+        reads = op.reads(needs)
+        self.kept = [t is not None and read for t, read in zip(tensors, reads, strict=True)]
+        # Of an input that is not kept, only its form.
+        self.forms = [
+            None if t is None or keep else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+            for t, keep in zip(tensors, self.kept, strict=True)
+        ]
+
+    def inputs(self, saved: Sequence[Tensor]) -> tuple[list, Sequence[Tensor]]:
+        """The inputs, forms in the place of those not kept, and the rest of ``saved``."""
+        rest = iter(saved)
+        tensors = [next(rest) if keep else form for keep, form in zip(self.kept, self.forms, strict=True)]
+        return tensors, list(rest)
+
+
+class _Apply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: Op, options: tuple, backend: str, *tensors: Tensor | None) -> Tensor:
+        out, extra = op.kernels[backend].forward(options, tensors, True)
+        # The backward may run in another thread, with another choice of backends in force: this one is kept.
+        ctx.call = call = _Call(op, options, backend, tensors, ctx.needs_input_grad[3:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(t for t, keep in zip(tensors, call.kept, strict=True) if keep), *extra)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return (None, None, None, *_Backward.apply(ctx.call, grads[0], *ctx.saved_tensors))
+
+
+class _Backward(torch.autograd.Function):
+    """The backward kernel as a function of its own, so that it can be differentiated once more."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, grad: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        inputs, extra = call.inputs(saved)
+        ctx.save_for_backward(grad, *saved[: len(saved) - len(extra)])
+        if grad._is_zerotensor():  # it has a shape but no memory
+            grad = grad.clone()
+        return tuple(call.op.kernels[call.backend].backward(call.options, grad, tuple(inputs), extra, call.needs))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        call: _Call = ctx.call
+        grad, *saved = ctx.saved_tensors
+        inputs, _ = call.inputs(saved)
+        with torch.enable_grad():
+            # Aliases: differentiation stops at them, and stays connected to what made the tensors behind them.
+            grad = grad.view_as(grad)
+            for i, (t, keep) in enumerate(zip(inputs, call.kept, strict=True)):
+                if keep:
+                    inputs[i] = t.view_as(t)
+                elif t is not None:  # any value does, for the gradients do not depend on it
+                    stand_in = torch.zeros((), dtype=t.dtype, device=grad.device).expand(t.shape)
+                    inputs[i] = stand_in.requires_grad_(call.needs[i])
+            wanted = [t for t, need in zip(inputs, call.needs, strict=True) if need]
+            out = call.op.reference(call.options, tuple(inputs))
+            first = torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True)
+            given = [g for g, need in zip(grads, call.needs, strict=True) if need]
+            pairs = [(f, g) for f, g in zip(first, given, strict=True) if f is not None and g is not None]
+            pairs = [(f, g) for f, g in pairs if f.requires_grad]
+            leaves = [grad, *(t for t, keep in zip(inputs, call.kept, strict=True) if keep)]
+            leaves = [t for t in leaves if t.requires_grad]
+            second: dict[int, Tensor | None] = {}
+            if pairs and leaves:
+                outputs, incoming = zip(*pairs, strict=True)
+                results = torch.autograd.grad(
+                    outputs, leaves, incoming, create_graph=torch.is_grad_enabled(), allow_unused=True
+                )
+                second = {id(leaf): result for leaf, result in zip(leaves, results, strict=True)}
+        mine = [second.get(id(grad)), *(second.get(id(t)) for t, keep in zip(inputs, call.kept, strict=True) if keep)]
+        return (None, *mine, *(None,) * (len(ctx.needs_input_grad) - 1 - len(mine)))
