@@ -6,6 +6,6 @@
 
 from m3em_fast import nn, ops
 from m3em_fast._version import __version__
-from m3em_fast.backends import backend
+from m3em_fast.backends import backend, explain
 
-__all__ = ["__version__", "backend", "nn", "ops"]
+__all__ = ["__version__", "backend", "explain", "nn", "ops"]

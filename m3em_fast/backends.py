@@ -30,7 +30,7 @@ except ImportError as error:
 else:
     _MISSING = ""
 
-__all__ = ["BACKENDS", "BackendError", "available", "backend", "choose", "current", "refusal"]
+__all__ = ["BACKENDS", "BackendError", "available", "backend", "choose", "current", "explain", "refusal"]
 
 BACKENDS = ("cpu", "reference")
 """Every backend, fastest first."""
@@ -118,3 +118,36 @@ def choose(op: str, kernels: Collection[str], tensors: Sequence[Tensor | None]) 
         if wanted != "auto":
             raise BackendError(f"{op}: backend {name} cannot serve this call: {reason}")
     return "reference"
+
+
+def explain(op: str, *arguments: Any) -> str:
+    """Which backend would serve a call of an op here and now, and why each of the others would not.
+
+    Args:
+        op: name of the op, as in ``m3em_fast.ops``.
+        *arguments: what the op would be called with.
+
+    Returns:
+        A line with the answer, then a line for every other backend.
+    """
+    from m3em_fast import ops
+
+    if op not in ops.__all__:
+        raise ValueError(f"explain: op must be one of {', '.join(ops.__all__)}, got {op!r}")
+    flat = [t for a in arguments for t in (a if isinstance(a, (list, tuple)) else (a,))]
+    tensors = [t for t in flat if isinstance(t, Tensor)]
+    wanted = current()
+    reasons = {name: refusal(name, op, tensors) for name in BACKENDS}
+    able = [name for name in BACKENDS if reasons[name] is None and wanted in ("auto", name)]
+    if able:
+        detail = (
+            f" ({native.isa()}{', one thread after a fork' if native.forked() else ''})" if able[0] == "cpu" else ""
+        )
+        lines = [f"{op} is served by {able[0]}{detail}."]
+    else:
+        lines = [f"{op} is served by none: {wanted} is chosen by name and cannot."]
+    for name in BACKENDS:
+        if name not in able[:1]:
+            other = f"backend {wanted} is chosen by name" if wanted not in ("auto", name) else "slower"
+            lines.append(f"{name}: {reasons[name] or other}")
+    return "\n".join(lines)

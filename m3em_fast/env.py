@@ -52,6 +52,19 @@ def _commit() -> str | None:
     return answers[0] + (" and uncommitted changes" if answers[1] else "")
 
 
+def _backends() -> dict[str, Any]:
+    """What serves the ops: the choice in force, what is available, and why the rest is not."""
+    from m3em_fast import backends
+
+    found: dict[str, Any] = {"in force": backends.current(), "available": list(backends.available())}
+    if backends.native is not None:
+        found["cpu instruction set"] = backends.native.isa()
+    for name in backends.BACKENDS:
+        if name not in backends.available():
+            found[name] = backends.refusal(name, "", ())
+    return found
+
+
 def _extension() -> dict[str, Any]:
     try:
         module = importlib.import_module("m3em_fast._C")
@@ -126,6 +139,7 @@ def _variables() -> dict[str, str]:
 PROBES: dict[str, Callable[[], Any]] = {
     "package": _package,
     "extension": _extension,
+    "backends": _backends,
     "python": lambda: f"{platform.python_implementation()} {platform.python_version()} ({platform.python_compiler()})",
     "platform": lambda: f"{platform.platform()}, {' '.join(platform.libc_ver()).strip() or 'unknown C library'}",
     "processor": _processor,

@@ -1,0 +1,198 @@
+"""Which backend serves a call; and what holds for compiled kernels beyond the values that test_ops.py checks."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import m3em_fast
+from m3em_fast import backends, ops
+from m3em_fast.backends import BackendError
+from op_cases import FULL_CALLS, check, random_grad, random_tensors
+
+COMPILED = [name for name in backends.available() if name != "reference"]
+FULL_CALL = pytest.mark.parametrize("call", FULL_CALLS, ids=str)
+# torch's matrix product may split its work by the number of threads; everything else is the same bit for bit.
+MEMORY_BOUND = [call for call in FULL_CALLS if call.op != "gated_projection"]
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def with_gradients(call, tensors):
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    out = call(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, random_grad(out))]
+
+
+def test_the_extension_is_there():
+    """`make test` builds it; without it every test of a compiled backend would pass by not being there."""
+    assert "cpu" in backends.available(), backends.refusal("cpu", "consensus_map", ())
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("call", MEMORY_BOUND, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_number_of_threads_changes_no_bit(name, call, dtype, threads):
+    tensors = random_tensors(call, 5, 67, 7, 8, dtype)
+    results = []
+    with m3em_fast.backend(name):
+        for count in (1, 2, 3):
+            threads(count)
+            results.append(with_gradients(call, tensors))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("call", MEMORY_BOUND, ids=str)
+def test_a_clip_does_not_depend_on_the_batch_in_one_bit(name, call):
+    tensors = random_tensors(call, 6, 67, 7, 7, torch.float32)
+    with m3em_fast.backend(name):
+        whole = call(*tensors)
+        for rows in (slice(2, 3), slice(1, 6)):
+            assert torch.equal(call(*[tensor[rows] for tensor in tensors]), whole[rows])
+
+
+@FULL_CALL
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+def test_every_instruction_set(isa, call):
+    before = backends.native.isa()
+    if not backends.native.choose_isa(isa):
+        pytest.skip(f"this machine cannot run {isa}")
+    try:
+        assert backends.native.isa() == isa
+        with m3em_fast.backend("cpu"):
+            for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                for layout in ("contiguous", "channels_last", "sliced"):
+                    layouts = [layout] * len(call.names)
+                    check("cpu", call, random_tensors(call, 2, 19, 7, 7, dtype, layouts=layouts))
+    finally:
+        backends.native.choose_isa(before)
+
+
+def test_an_unknown_instruction_set_changes_nothing():
+    before = backends.native.isa()
+    assert not backends.native.choose_isa("sse9")
+    assert backends.native.isa() == before
+
+
+@FULL_CALL
+def test_third_derivatives(call):
+    """The second derivative of the kernels comes from the reference, and stays a part of the graph."""
+    tensors = random_tensors(call, 1, 2, 3, 3, torch.float64)
+    found = {}
+    for name in ("cpu", "reference"):
+        with m3em_fast.backend(name):
+            leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+            value = call(*leaves).pow(3).sum()
+            for _ in range(3):
+                grads = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
+                value = sum(g.pow(2).sum() for g in grads if g is not None)
+            found[name] = [g for g in grads if g is not None]
+    assert any(g.abs().max() > 0 for g in found["reference"])
+    for got, want in zip(found["cpu"], found["reference"], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
+
+
+def test_the_choice_of_the_forward_is_kept_for_the_backward(monkeypatch):
+    a, b = (torch.randn(2, 3, 4, 4, requires_grad=True) for _ in range(2))
+    with m3em_fast.backend("cpu"):
+        out = ops.consensus_map(a, b)
+
+    def never(*arguments):
+        raise AssertionError("the backward asked for the backend again")
+
+    monkeypatch.setattr(backends, "choose", never)
+    done = threading.Thread(target=lambda: out.sum().backward())
+    done.start()
+    done.join()
+    assert a.grad is not None
+
+
+def test_blocks_nest_and_other_threads_have_their_own():
+    seen = {}
+    with m3em_fast.backend("reference"):
+        with m3em_fast.backend("cpu"):
+            assert backends.current() == "cpu"
+            other = threading.Thread(target=lambda: seen.update(name=backends.current()))
+            other.start()
+            other.join()
+        assert backends.current() == "reference"
+    assert seen["name"] == backends.current() == os.environ.get("M3EM_BACKEND", "auto")
+
+
+def test_an_unknown_backend_is_named():
+    message = r"m3em_fast.backend: .*one of auto, cpu, reference, got 'fpga'"
+    with pytest.raises(ValueError, match=message), m3em_fast.backend("fpga"):
+        pass
+
+
+@pytest.mark.parametrize(("value", "expected"), [("reference", "reference"), ("", "auto"), ("fpga", "got 'fpga'")])
+def test_the_environment_variable(value, expected):
+    code = "from m3em_fast import backends\ntry: print(backends.current())\nexcept ValueError as e: print(e)"
+    environment = {**os.environ, "M3EM_BACKEND": value}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert expected in done.stdout
+
+
+def test_without_the_extension_the_reference_serves_and_a_choice_by_name_says_why(monkeypatch):
+    monkeypatch.setattr(backends, "native", None)
+    monkeypatch.setattr(backends, "_MISSING", "There is no C++ compiler.")
+    x = torch.randn(2, 3, 4, 4)
+    assert backends.available() == ("reference",)
+    torch.testing.assert_close(ops.consensus_pool(x), x.mean((2, 3)))
+    with m3em_fast.backend("cpu"), pytest.raises(BackendError, match=r"not there: There is no C\+\+ compiler"):
+        ops.consensus_pool(x)
+
+
+def test_explain_says_what_serves_a_call_and_why_the_others_do_not():
+    a = torch.randn(2, 3, 4, 4)
+    assert m3em_fast.explain("consensus_map", a, a).splitlines() == [
+        f"consensus_map is served by cpu ({backends.native.isa()}).",
+        "reference: slower",
+    ]
+    on_meta = m3em_fast.explain("channel_gate", a.to("meta"), [a[:, :, 0, 0].to("meta")])
+    assert on_meta.splitlines() == [
+        "channel_gate is served by reference.",
+        "cpu: it takes CPU tensors, not tensors on meta",
+    ]
+    with m3em_fast.backend("reference"):
+        assert "cpu: backend reference is chosen by name" in m3em_fast.explain("consensus_map", a, a)
+    with m3em_fast.backend("cpu"):
+        assert "is served by none" in m3em_fast.explain("consensus_map", a.to("meta"), a.to("meta"))
+    with pytest.raises(ValueError, match="explain: op must be one of channel_gate.*got 'conv2d'"):
+        m3em_fast.explain("conv2d", a)
+
+
+def test_a_negative_view_is_not_read_as_its_memory():
+    x = torch.randn(2, 3, 4, 4, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    torch.testing.assert_close(ops.consensus_pool(x), x.resolve_neg().mean((2, 3)))
+
+
+class Clips(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        a, b = torch.ones(8, 16, 7, 7), torch.ones(8, 16, 7, 7)
+        return ops.consensus_map(a, b), backends.native.forked()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Python 3.12 warns of any fork beside threads
+def test_a_forked_worker_runs_on_one_thread_and_does_not_hang(threads):
+    threads(2)
+    Clips()[0]  # starts the threads that a fork leaves behind
+    assert not backends.native.forked()
+    loader = torch.utils.data.DataLoader(Clips(), num_workers=1, timeout=60, multiprocessing_context="fork")
+    for out, forked in loader:
+        assert forked.item()
+        torch.testing.assert_close(out[0], torch.full((8, 1, 7, 7), 3.0))
