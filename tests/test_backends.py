@@ -168,7 +168,7 @@ def test_explain_says_what_serves_a_call_and_why_the_others_do_not():
         assert "cpu: backend reference is chosen by name" in m3em_fast.explain("consensus_map", a, a)
     with m3em_fast.backend("cpu"):
         assert "is served by none" in m3em_fast.explain("consensus_map", a.to("meta"), a.to("meta"))
-    with pytest.raises(ValueError, match="explain: op must be one of channel_gate.*got 'conv2d'"):
+    with pytest.raises(ValueError, match=r"explain: op must be one of channel_gate.*got 'conv2d'"):
         m3em_fast.explain("conv2d", a)
 
 
