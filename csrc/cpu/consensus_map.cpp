@@ -77,8 +77,11 @@ struct Plan {
     Scale scale[kMaxScales];
     int num_scales;
     int64_t h, w, positions, cells = 0, lines = 0;
+    bool seven;
 
-    explicit Plan(const ConsensusMap &m) : num_scales(m.num_scales), h(m.h), w(m.w), positions(m.h * m.w) {
+    explicit Plan(const ConsensusMap &m)
+        : num_scales(m.num_scales), h(m.h), w(m.w), positions(m.h * m.w),
+          seven(m.h == 7 && m.w == 7 && m.num_scales == 3) {
         int64_t bytes = 0;
         for (int k = 0; k < num_scales; ++k)
             bytes += Axis::bytes(cells_of(h, k), h) + Axis::bytes(cells_of(w, k), w);
@@ -147,22 +150,84 @@ void spread_columns(const Scale &s, int64_t w, const A *cells, A *lines) {
         }
 }
 
-// The other half: adds to every row of positions the lines of the cells whose windows hold it.
+// Maps of 7x7 at three scales, what every network of the paper gives: 3x3 windows [0,3) [2,5) [4,7), and one of all.
+// Straight-line code for them; the row sums of the large window are made from those of the small ones.
+constexpr int kSeven = 7;
+
 template <class A>
-void add_lines(const Plan &plan, const A *lines, A *tile) {
+void pool_seven(const A *tile, A *pooled) {
     using vec = typename vec_of<A>::type;
-    const vec *in = reinterpret_cast<const vec *>(lines);
+    const vec *in = reinterpret_cast<const vec *>(tile);
+    vec *out = reinterpret_cast<vec *>(pooled);
+    vec line[3][kSeven], all{};
+    for (int x = 0; x < kSeven; ++x) {
+        const vec *r = in + x;
+        line[0][x] = r[0] + r[7] + r[14];
+        line[1][x] = r[14] + r[21] + r[28];
+        line[2][x] = r[28] + r[35] + r[42];
+        all += line[0][x] + r[21] + line[2][x];
+    }
+    for (int i = 0; i < 3; ++i)
+        for (int j = 0; j < 3; ++j)
+            out[3 * i + j] = (line[i][2 * j] + line[i][2 * j + 1] + line[i][2 * j + 2]) * (A(1) / A(9));
+    out[9] = all * (A(1) / A(49));
+}
+
+// Calls emit(position, sum of the gradients of all cells whose windows hold it). Rows and columns 0, 1 are alike, and
+// so are 5, 6, so there are five different ones of each.
+template <class A, class Emit>
+void spread_seven(const A *cells, const Emit &emit) {
+    using vec = typename vec_of<A>::type;
+    const vec *in = reinterpret_cast<const vec *>(cells);
+    constexpr int kind[kSeven] = {0, 0, 1, 2, 3, 4, 4};
+    vec column[3][5], sum[5][5];
+    for (int i = 0; i < 3; ++i) {
+        const vec *t = in + 3 * i;
+        column[i][0] = t[0], column[i][1] = t[0] + t[1], column[i][2] = t[1], column[i][3] = t[1] + t[2];
+        column[i][4] = t[2];
+    }
+    for (int j = 0; j < 5; ++j) {
+        sum[0][j] = column[0][j] + in[9], sum[2][j] = column[1][j] + in[9], sum[4][j] = column[2][j] + in[9];
+        sum[1][j] = sum[0][j] + column[1][j], sum[3][j] = sum[2][j] + column[2][j];
+    }
+    for (int y = 0; y < kSeven; ++y)
+        for (int x = 0; x < kSeven; ++x)
+            emit(kSeven * y + x, sum[kind[y]][kind[x]]);
+}
+
+// The pooled tiles of all scales but scale 0, which is the tile itself; `pooled` is indexed by cell.
+template <class A>
+void pool_all(const Plan &plan, const A *tile, A *line, A *pooled) {
+    if (plan.seven)
+        return pool_seven(tile, pooled + V * plan.positions);
+    for (int k = 1; k < plan.num_scales; ++k)
+        pool(plan.scale[k], plan.w, tile, line, pooled + V * plan.scale[k].first);
+}
+
+// The transpose: calls emit(position, sum of the gradients of all cells whose windows hold it), where every cell's
+// gradient is divided by its window already.
+template <class A, class Emit>
+void spread_all(const Plan &plan, const A *cells, A *lines, A *line_of_sums, const Emit &emit) {
+    using vec = typename vec_of<A>::type;
+    if (plan.seven)
+        return spread_seven(cells + V * plan.positions, emit);
     const int64_t w = plan.w;
+    for (int k = 1; k < plan.num_scales; ++k)
+        spread_columns(plan.scale[k], w, cells + V * plan.scale[k].first, lines + V * plan.scale[k].line * w);
+    vec *sum = reinterpret_cast<vec *>(line_of_sums);
     for (int64_t y = 0; y < plan.h; ++y) {
-        vec *out = reinterpret_cast<vec *>(tile) + y * w;
+        for (int64_t x = 0; x < w; ++x)
+            sum[x] = vec{};
         for (int k = 1; k < plan.num_scales; ++k) {
             const Scale &s = plan.scale[k];
             for (int64_t i = s.y.first[y]; i < s.y.last[y]; ++i) {
-                const vec *line = in + (s.line + i) * w;
+                const vec *line = reinterpret_cast<const vec *>(lines) + (s.line + i) * w;
                 for (int64_t x = 0; x < w; ++x)
-                    out[x] += line[x];
+                    sum[x] += line[x];
             }
         }
+        for (int64_t x = 0; x < w; ++x)
+            emit(y * w + x, sum[x]);
     }
 }
 
@@ -255,21 +320,19 @@ void forward(const ConsensusMap &m) {
         for (int64_t i = 0; i < 3 * V * plan.cells; ++i)
             sums[i] = 0;
         pair.tiles(n, room, means, [&](int64_t, int) {
-            for (int k = 0; k < m.num_scales; ++k) {
-                const Scale &s = plan.scale[k];
-                A **tile = k ? room.pooled : room.tile;
-                for (int i = 0; k && i < 2; ++i)
-                    pool(s, m.w, room.tile[i], room.line, tile[i]);
-                const vec *a = reinterpret_cast<const vec *>(tile[0]);
-                const vec *b = reinterpret_cast<const vec *>(tile[1]);
-                vec *sum = reinterpret_cast<vec *>(sums) + 3 * s.first;
-                const int64_t cells = s.cells();
-                for (int64_t cell = 0; cell < cells; ++cell) {
+            for (int i = 0; i < 2; ++i)
+                pool_all(plan, room.tile[i], room.line, room.pooled[i]);
+            vec *sum = reinterpret_cast<vec *>(sums);
+            const auto add = [&](A *const *tile, int64_t from, int64_t to) {
+                const vec *a = reinterpret_cast<const vec *>(tile[0]), *b = reinterpret_cast<const vec *>(tile[1]);
+                for (int64_t cell = from; cell < to; ++cell) {
                     sum[3 * cell] += a[cell] * b[cell];
                     sum[3 * cell + 1] += a[cell] * a[cell];
                     sum[3 * cell + 2] += b[cell] * b[cell];
                 }
-            }
+            };
+            add(room.tile, 0, p);
+            add(room.pooled, p, plan.cells);
         });
         for (int64_t cell = 0; cell < plan.cells; ++cell) {
             const A *lanes = sums + 3 * V * cell;
@@ -303,17 +366,14 @@ void backward(const ConsensusMap &m) {
     const int64_t p = plan.positions, stats_size = consensus_map_stats(m.h, m.w, m.num_scales, m.center);
     const Tensor *results[2] = {&m.grad_a, &m.grad_b};
     const Layout layouts[2] = {layout_of(m.grad_a, m.d, m.h, m.w), layout_of(m.grad_b, m.d, m.h, m.w)};
-    const int64_t bytes = Room<A>::bytes(plan) +
-                          int64_t(sizeof(A)) * (p + 3 * plan.cells + 2 * V * p + 2 * V * plan.lines * m.w) + 6 * 64;
+    const int64_t bytes =
+        Room<A>::bytes(plan) + int64_t(sizeof(A)) * (p + 3 * plan.cells + V * p + V * plan.lines * m.w) + 6 * 64;
     for_each(m.n, m.threads, bytes, [&](Scratch &scratch, int64_t n) {
         Room<A> room(scratch, plan);
         A *grad_out = scratch.take<A>(p);
         A *factors = scratch.take<A>(3 * plan.cells);
-        A *grad[2], *lines[2];
-        for (A *&g : grad)
-            g = scratch.take<A>(V * p);
-        for (A *&l : lines)
-            l = scratch.take<A>(V * plan.lines * m.w);
+        A *grad = scratch.take<A>(V * p);
+        A *lines = scratch.take<A>(V * plan.lines * m.w);
         const A *stats = static_cast<const A *>(m.stats) + n * stats_size;
         const T *go = sample_of<const T>(m.grad_out, n);
         for (int64_t y = 0; y < m.h; ++y)
@@ -341,32 +401,30 @@ void backward(const ConsensusMap &m) {
                 }
         }
         pair.tiles(n, room, m.center ? stats + 3 * plan.cells : nullptr, [&](int64_t c0, int count) {
-            for (int k = 0; k < m.num_scales; ++k) {
-                const Scale &s = plan.scale[k];
-                A **tile = k ? room.pooled : room.tile;
-                for (int i = 0; k && i < 2; ++i)
-                    pool(s, m.w, room.tile[i], room.line, tile[i]);
-                const vec *a = reinterpret_cast<const vec *>(tile[0]);
-                const vec *b = reinterpret_cast<const vec *>(tile[1]);
-                // Gradients of pooled tiles take the place of the tiles themselves.
-                vec *of_a = reinterpret_cast<vec *>(k ? tile[0] : grad[0]);
-                vec *of_b = reinterpret_cast<vec *>(k ? tile[1] : grad[1]);
-                const A *f = factors + 3 * s.first;
-                const int64_t cells = s.cells();
-                for (int64_t cell = 0; cell < cells; ++cell) {
-                    const vec va = a[cell], vb = b[cell];
-                    of_a[cell] = f[3 * cell] * vb - f[3 * cell + 1] * va;
-                    of_b[cell] = f[3 * cell] * va - f[3 * cell + 2] * vb;
-                }
-                for (int i = 0; k && i < 2; ++i)
-                    spread_columns(s, m.w, room.pooled[i], lines[i] + V * s.line * m.w);
+            const vec *a = reinterpret_cast<const vec *>(room.tile[0]);
+            const vec *b = reinterpret_cast<const vec *>(room.tile[1]);
+            for (int i = 0; i < 2; ++i)
+                pool_all(plan, room.tile[i], room.line, room.pooled[i]);
+            // The gradients of pooled tiles take the place of the tiles themselves.
+            vec *pooled_a = reinterpret_cast<vec *>(room.pooled[0]);
+            vec *pooled_b = reinterpret_cast<vec *>(room.pooled[1]);
+            for (int64_t cell = p; cell < plan.cells; ++cell) {
+                const A *f = factors + 3 * cell;
+                const vec va = pooled_a[cell], vb = pooled_b[cell];
+                pooled_a[cell] = f[0] * vb - f[1] * va;
+                pooled_b[cell] = f[0] * va - f[2] * vb;
             }
             for (int i = 0; i < 2; ++i) {
                 if (!results[i]->data)
                     continue;
-                add_lines(plan, lines[i], grad[i]);
-                store_tile<T, A>(grad[i], sample_of<T>(*results[i], n), *results[i], layouts[i], c0, count, m.d, m.h,
-                                 m.w, room.rows);
+                vec *to = reinterpret_cast<vec *>(grad);
+                const vec *own = i ? b : a, *other = i ? a : b;
+                const A *f = factors;
+                spread_all(plan, room.pooled[i], lines, room.line, [&](int64_t q, const vec &from_cells) {
+                    to[q] = f[3 * q] * other[q] - f[3 * q + 1 + i] * own[q] + from_cells;
+                });
+                store_tile<T, A>(grad, sample_of<T>(*results[i], n), *results[i], layouts[i], c0, count, m.d, m.h, m.w,
+                                 room.rows);
             }
         });
     });

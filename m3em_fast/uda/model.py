@@ -116,8 +116,9 @@ class ActionModel(nn.Module):
         for stream, names in self.members.items():
             ta3n = self.streams[stream]
             assert isinstance(ta3n, TA3N)
-            vectors = torch.cat([enhanced.vectors[name] for name in names], dim=1)
-            vectors = vectors.to(ta3n.fc_feature_shared_source.weight.dtype)
+            # Before they are joined: bfloat16's autocast has no way to join features that come in float16.
+            dtype = ta3n.fc_feature_shared_source.weight.dtype
+            vectors = torch.cat([enhanced.vectors[name].to(dtype) for name in names], dim=1)
             outputs[stream] = ta3n(vectors.unflatten(0, (clips, frames)), beta)
         consensus = enhanced.consensus
         return ActionOutput(
