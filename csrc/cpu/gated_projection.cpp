@@ -46,44 +46,55 @@ template <class T>
 void unfold(const GatedProjection &o) {
     using A = typename acc_of<T>::type;
     const int64_t all = o.num_gates * o.c;
-    constexpr int64_t Block = 128; // channels of one task: a column of the weight for all its rows
-    const int64_t blocks = (o.c + Block - 1) / Block;
-    const int64_t bytes = int64_t(sizeof(A)) * (2 * Block + Block) + 3 * 64;
-    for_each(o.num_gates * blocks, o.threads, bytes, [&](Scratch &scratch, int64_t task) {
-        const int g = int(task / blocks);
-        const int64_t c0 = task % blocks * Block, count = o.c - c0 < Block ? o.c - c0 : Block;
-        A *gate = scratch.take<A>(Block);
-        A *sum = scratch.take<A>(Block);
+    // One task is a block of channels in every row of the matrices: all samples and gates meet it while it is in the
+    // cache, and no two tasks add to the same number.
+    constexpr int64_t Block = 64;
+    const int64_t blocks = (o.c + Block - 1) / Block, sums = o.m * o.num_gates * Block;
+    const int64_t bytes = int64_t(sizeof(A)) * (2 * sums + Block) + 3 * 64;
+    for_each(blocks, o.threads, bytes, [&](Scratch &scratch, int64_t task) {
+        const int64_t c0 = task * Block, count = o.c - c0 < Block ? o.c - c0 : Block;
+        A *gate = scratch.take<A>(sums);
+        A *sum = scratch.take<A>(sums);
         A *row = scratch.take<A>(Block);
-        for (int64_t i = 0; i < o.m; ++i) {
-            for (int64_t c = 0; c < count; ++c) {
-                gate[c] = o.grad_weight ? matrix_at<A>(o.gates[g], o.first + i, c0 + c) : A(0);
-                sum[c] = 0;
-            }
-            const bool wants_gate = o.grad_gates[g].data != nullptr;
-            for (int64_t d = 0; d < o.d; ++d) {
-                const A *product = static_cast<const A *>(o.matrix) + (i * o.d + d) * o.c + c0;
+        for (int64_t i = 0; i < o.m; ++i)
+            for (int g = 0; g < o.num_gates; ++g)
+                for (int64_t c = 0; c < count; ++c) {
+                    const int64_t at = (i * o.num_gates + g) * Block + c;
+                    gate[at] = o.grad_weight ? matrix_at<A>(o.gates[g], o.first + i, c0 + c) : A(0);
+                    sum[at] = 0;
+                }
+        for (int64_t d = 0; d < o.d; ++d) {
+            const A *product = static_cast<const A *>(o.matrix) + d * o.c + c0;
+            for (int g = 0; g < o.num_gates; ++g) {
                 if (o.grad_weight) {
                     A *to = static_cast<A *>(o.grad_weight) + d * all + g * o.c + c0;
-                    for (int64_t c = 0; c < count; ++c)
-                        to[c] += product[c] * gate[c];
-                }
-                if (wants_gate) {
-                    const T *weight = static_cast<const T *>(o.weight.data) + d * o.weight.stride[0] +
-                                      (g * o.c + c0) * o.weight.stride[1];
-                    if (o.weight.stride[1] == 1)
-                        widen_row(weight, row, count);
-                    else
+                    for (int64_t i = 0; i < o.m; ++i) {
+                        const A *from = product + i * o.d * o.c, *factor = gate + (i * o.num_gates + g) * Block;
                         for (int64_t c = 0; c < count; ++c)
-                            row[c] = widen(weight[c * o.weight.stride[1]]);
+                            to[c] += from[c] * factor[c];
+                    }
+                }
+                if (!o.grad_gates[g].data)
+                    continue;
+                const T *weight = static_cast<const T *>(o.weight.data) + d * o.weight.stride[0] +
+                                  (g * o.c + c0) * o.weight.stride[1];
+                if (o.weight.stride[1] == 1)
+                    widen_row(weight, row, count);
+                else
                     for (int64_t c = 0; c < count; ++c)
-                        sum[c] += row[c] * product[c];
+                        row[c] = widen(weight[c * o.weight.stride[1]]);
+                for (int64_t i = 0; i < o.m; ++i) {
+                    const A *from = product + i * o.d * o.c;
+                    A *to = sum + (i * o.num_gates + g) * Block;
+                    for (int64_t c = 0; c < count; ++c)
+                        to[c] += row[c] * from[c];
                 }
             }
-            if (wants_gate)
-                for (int64_t c = 0; c < count; ++c)
-                    put_matrix(o.grad_gates[g], o.first + i, c0 + c, sum[c]);
         }
+        for (int64_t i = 0; i < o.m; ++i)
+            for (int g = 0; g < o.num_gates; ++g)
+                for (int64_t c = 0; o.grad_gates[g].data && c < count; ++c)
+                    put_matrix(o.grad_gates[g], o.first + i, c0 + c, sum[(i * o.num_gates + g) * Block + c]);
     });
 }
 

@@ -123,7 +123,8 @@ def _cpu_backward(
             m = len(part)
             if grad_x is not None:
                 native.gated_projection_fold(arg(weight), args(gates), matrix.data_ptr(), d, c, first, m, threads)
-                product = torch.bmm(matrix[:m].transpose(1, 2), part)
+                # The transposed product and a copy take three quarters of the time of the product itself.
+                product = torch.bmm(part.transpose(1, 2), matrix[:m]).transpose(1, 2)
                 grad_x[first : first + m] = product.unflatten(2, x.shape[2:])
             if unfolds:
                 torch.bmm(part, _as_matrices(x[first : first + m], acc).transpose(1, 2), out=matrix[:m])
