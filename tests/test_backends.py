@@ -11,6 +11,7 @@ import torch
 import m3em_fast
 from m3em_fast import backends, ops
 from m3em_fast.backends import BackendError
+from m3em_fast.uda import ActionModel, total_loss
 from op_cases import FULL_CALLS, check, random_grad, random_tensors
 
 COMPILED = [name for name in backends.available() if name != "reference"]
@@ -176,6 +177,31 @@ def test_a_negative_view_is_not_read_as_its_memory():
     x = torch.randn(2, 3, 4, 4, dtype=torch.complex64).conj().imag
     assert x.is_neg()
     torch.testing.assert_close(ops.consensus_pool(x), x.resolve_neg().mean((2, 3)))
+
+
+def test_training_on_kernels_follows_training_on_the_reference():
+    torch.manual_seed(0)
+    features = {name: torch.rand(12, 5, 16, 7, 7).half() for name in ("RGB", "Flow")}
+    features["Audio"] = torch.rand(12, 5, 16).half()
+    labels = torch.arange(6) % 3, torch.arange(6) % 4
+    losses = {}
+    for name in ("cpu", "reference"):
+        torch.manual_seed(1)
+        sizes = {"latent_channels": 8, "reduction": 4, "fc_dim": 24, "relation_dim": 12, "init": "torch"}
+        model = ActionModel({"RGB": 16, "Flow": 16}, {"Audio": 16}, 3, 4, **sizes)
+        optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, nesterov=True)
+        with m3em_fast.backend(name):
+            losses[name] = []
+            for _ in range(20):
+                loss, _ = total_loss(model(features).streams, *labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses[name].append(loss.item())
+    assert losses["cpu"][-1] < 0.9 * losses["cpu"][0]
+    assert losses["cpu"] != losses["reference"]  # or the kernels were not in it
+    for got, want in zip(losses["cpu"], losses["reference"], strict=True):
+        assert abs(got - want) <= 1e-4 * abs(want)
 
 
 class Clips(torch.utils.data.Dataset):
