@@ -11,13 +11,15 @@ RUN := runs/digits-$(shell date -u +%Y%m%d-%H%M%S)
 endif
 METHODS := source_only ta3n m3em
 TESTS ?=
+BENCH ?=
 
 .NOTPARALLEL:
-.PHONY: help train test lint format build clean
+.PHONY: help train test bench lint format build clean
 
 help:
 	@echo "make train    train M3EM and its baselines on the digits benchmark (DATA=$(DATA), RUN=a new folder under runs/)"
 	@echo "make test     lint, then every test (TESTS=tests/test_x.py for some of them)"
+	@echo "make bench    time the ops against eager PyTorch and torch.compile, for an hour (BENCH=--quick: arguments of python -m bench)"
 	@echo "make lint     ruff, mypy and clang-format, changing nothing"
 	@echo "make format   let ruff and clang-format rewrite what they can"
 	@echo "make build    compile csrc/, as far as it has changed"
@@ -32,6 +34,11 @@ train: $(VENV)/.train build
 # loadfile: the tests of a file share what its fixtures made.
 test: lint build
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+# The table is what figures come from. With arguments for it, the second front end is left out: it takes none of them.
+bench: $(VENV)/.dev build
+	$(BIN)/python -m bench $(BENCH)
+	$(if $(BENCH),,$(BIN)/python -m pytest bench --benchmark-only)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

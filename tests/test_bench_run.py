@@ -98,15 +98,24 @@ def test_a_loss_is_marked():
     assert "loss" not in rendered([fake_row("cpu", [1.0], 1.1), fake_row("reference", [1.0], 0.9)])
     console = Console(width=200, file=io.StringIO())
     report.print_losses(console, [fake_row("cpu", [1.0], 0.9), fake_row("cpu", [1.0], 2.0)])
-    assert console.file.getvalue().startswith(
-        "loss: cpu at 0.90 x eager, forward: channel_gate, 2 gates: x 3x8x7x8 float32"
-    )
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("loss: cpu at 0.90 x eager, forward: channel_gate, 2 gates: x 3x8x7x8 float32")
 
 
 def test_no_ratio_is_taken_to_the_reference():
     rows = core.measure(case_of("channel_gate", "2 gates"), [Provider("eager"), Provider("reference")], QUICK)
     for row in rows:
         assert row.ratio_to_compile is None
+        assert (row.ratio_to_eager is None) == (row.provider.name == "eager")
+
+
+def test_ratios_to_the_compiler_are_those_of_the_backends(monkeypatch):
+    monkeypatch.setattr(Provider, "function", lambda self, problem: problem.fast)
+    names = ("eager", "compile", "reference")
+    rows = core.measure(case_of("channel_gate", "2 gates"), [Provider(name) for name in names], QUICK)
+    for row in rows:
+        assert (row.ratio_to_compile is None) == (row.provider.name != "reference")
         assert (row.ratio_to_eager is None) == (row.provider.name == "eager")
 
 
@@ -211,6 +220,22 @@ def test_quick_run_writes_valid_records(tmp_path, capsys):
     assert "these figures mean nothing" in printed and "copy" in printed.splitlines()[0]
 
 
+def test_an_interruption_keeps_what_was_finished(tmp_path, capsys, monkeypatch):
+    path, calls = tmp_path / "records.json", []
+
+    def measure(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return core.measure(*arguments)
+
+    monkeypatch.setattr("bench.__main__.measure", measure)
+    arguments = ["channel_gate", "--quick", "--no-compile", "--backends", "reference", "--json", str(path)]
+    assert main(arguments) == 130
+    assert len({record["variant"] for record in json.loads(path.read_text())}) == 2
+    assert capsys.readouterr().err == f"bench: interrupted. {path} holds the cases that were finished.\n"
+
+
 def test_every_op_runs_in_every_dtype_and_layout(capsys):
     arguments = ["--quick", "--no-compile", "--sizes", "7x8", "--backends", "reference", "--layout", "channels_last"]
     assert main([*arguments, "--dtype", "float16", "bfloat16", "float64"]) == 0
@@ -232,7 +257,7 @@ def test_every_op_runs_in_every_dtype_and_layout(capsys):
     ],
 )
 def test_bad_input_is_one_sentence(arguments, said, capsys):
-    assert main(arguments) == 2
+    assert main([*arguments, "--quick"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith(f"bench: {said}") and printed.err.count("\n") == 1

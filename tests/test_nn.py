@@ -29,22 +29,27 @@ def make_module(seed=0, spatial=SPATIAL, vector=VECTOR, dtype=torch.float64, **o
 
 
 def written_out(module, features):
-    """Equations 1 to 5 and the residual pooling, with the refined maps made in full."""
+    """Equations 1 to 5 and the residual pooling, with the refined maps made in full; features as they are without SMR.
+
+    The modalities come in the order of ``features``, which is the one that the module was made with.
+    """
     weights = module.state_dict()
     pooled = {k: x.mean((2, 3)) if x.dim() == 4 else x for k, x in features.items()}
 
-    def gate(kind, name, x):
-        hidden = torch.relu(x @ weights[f"smr.{kind}.{name}.0.weight"].T)
-        return torch.sigmoid(hidden @ weights[f"smr.{kind}.{name}.2.weight"].T)
+    def linear(name, x):
+        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
 
-    refined = {}
-    for name, x in features.items():
+    def gate(kind, name, x):
+        return torch.sigmoid(linear(f"smr.{kind}.{name}.2", torch.relu(linear(f"smr.{kind}.{name}.0", x))))
+
+    refined = dict(features)
+    for name, x in features.items() if module.smr is not None else ():
         others = torch.cat([pooled[k] for k in features if k != name], 1)
         both = (gate("self_gates", name, pooled[name]), gate("cross_gates", name, others))
         shape = (..., None, None) if x.dim() == 4 else (...,)
         refined[name] = torch.cat([x * t[shape] for t in both], 1)
     spatial = [k for k, x in features.items() if x.dim() == 4]
-    latent = {k: F.conv2d(refined[k], weights[f"cmc.projections.{k}.weight"][:, :, None, None]) for k in spatial}
+    latent = {k: linear(f"cmc.projections.{k}", refined[k].movedim(1, -1)).movedim(-1, 1) for k in spatial}
     height, width = features[spatial[0]].shape[2:]
     consensus = 0
     for a, b in itertools.combinations(spatial, 2):
@@ -57,9 +62,19 @@ def written_out(module, features):
 
 
 @pytest.mark.parametrize("size", [(7, 7), (14, 6), (1, 1)], ids=str)
-@pytest.mark.parametrize("spatial", [SPATIAL, {**SPATIAL, "Depth": 4}], ids=["pair", "three"])
-def test_m3em_is_what_the_equations_say(spatial, size):
-    module = make_module(spatial=spatial)
+@pytest.mark.parametrize(
+    ("spatial", "options"),
+    [
+        (SPATIAL, {}),
+        ({**SPATIAL, "Depth": 4}, {}),
+        ({"RGB": 8, "Flow": 8}, {}),  # of one width, where the layers of one modality would fit the other
+        (SPATIAL, {"gate_bias": True, "projection_bias": True}),
+        (SPATIAL, {"smr": False, "projection_bias": True}),
+    ],
+    ids=["pair", "three", "equal", "biases", "cmc alone"],
+)
+def test_m3em_is_what_the_equations_say(spatial, options, size):
+    module = make_module(spatial=spatial, **options)
     features = make_features(height=size[0], width=size[1], spatial=spatial)
     out = module(features)
     vectors, consensus = written_out(module, features)
@@ -86,6 +101,19 @@ def test_gradients_of_every_parameter_and_input_agree_with_the_equations():
     for got, want in zip(torch.autograd.grad(loss(*module(features)), leaves), expected, strict=True):
         assert want.abs().max() > 0
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", [{}, {"cmc": False}, {"smr": False}], ids=str)
+def test_the_order_in_which_modalities_are_given_changes_nothing(options):
+    # Of one width, so that nothing but the result can tell that two modalities were mistaken for each other.
+    spatial, vector = {"RGB": 8, "Flow": 8}, {"Audio": 8}
+    module = make_module(spatial=spatial, vector=vector, **options)
+    features = make_features(spatial=spatial, vector=vector)
+    out, turned = module(features), module(dict(reversed(features.items())))
+    assert list(turned.vectors) == list(module.out_channels)
+    for name, x in out.vectors.items():
+        assert torch.equal(turned.vectors[name], x)
+    assert out.consensus is None or torch.equal(turned.consensus, out.consensus)
 
 
 def test_consensus_of_refined_maps_equals_consensus_with_gates():
@@ -142,11 +170,18 @@ def test_options_reach_the_ops():
     assert not torch.equal(make_module(center=True)(features).consensus, base(features).consensus)
     biased = make_module(gate_bias=True, projection_bias=True)
     added = set(biased.state_dict()) - set(base.state_dict())
-    assert added and all(name.endswith(".bias") for name in added)
+    assert all(name.endswith(".bias") for name in added)
+    assert len(added) == 2 * 2 * 3 + 2  # both layers of both gates of three modalities, and two projections
     small = make_module(init="ta3n", gate_bias=True)
     weights = torch.cat([p.flatten() for n, p in small.named_parameters() if n.endswith("weight")])
     assert 0.0008 < weights.std() < 0.0012
     assert all(not p.any() for n, p in small.named_parameters() if n.endswith("bias"))
+    mnn.initialize(small, "torch")
+    for layer in small.modules():
+        if isinstance(layer, torch.nn.Linear):  # torch draws from (-bound, bound)
+            bound = layer.in_features**-0.5
+            assert 0.7 * bound < layer.weight.abs().max() <= bound
+            assert layer.bias is None or (layer.bias.any() and layer.bias.abs().max() <= bound)
 
 
 def test_one_modality_has_no_other_to_ask():
@@ -173,16 +208,17 @@ def test_state_dict_deepcopy_and_load():
     assert not torch.equal(twin(features).vectors["RGB"], module(features).vectors["RGB"])
 
 
+@pytest.mark.parametrize("smr", [True, False], ids=["m3em", "cmc alone"])
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
-def test_half_features_beside_float32_parameters_are_read_as_they_are(half):
-    module = make_module(dtype=torch.float32)
+def test_half_features_beside_float32_parameters_are_read_as_they_are(half, smr):
+    module = make_module(dtype=torch.float32, smr=smr)
     features = make_features(dtype=half)
     out = module(features)
-    exact = make_module()({k: x.double() for k, x in features.items()})
+    exact = make_module(smr=smr)({k: x.double() for k, x in features.items()})
     assert out.consensus.dtype == torch.float32
     torch.testing.assert_close(out.consensus.double(), exact.consensus, rtol=0, atol=0.01)
     for name, x in out.vectors.items():
-        assert x.dtype == torch.float32
+        assert x.dtype == (torch.float32 if smr or name in SPATIAL else half)  # Audio passes through ungated
         torch.testing.assert_close(x.double(), exact.vectors[name], rtol=0.02, atol=0.01)
 
 
@@ -230,14 +266,19 @@ def test_compiles_whole_with_gradients_and_any_number_of_clips():
 
 
 def test_errors_name_what_where_and_what_was_expected():
-    module = make_module()
+    module, plain = make_module(), make_module(smr=False)
     features = make_features()
+    maps = {k: features[k] for k in SPATIAL}
+    gates = module.smr.gates({k: x.mean((2, 3)) if x.dim() == 4 else x for k, x in features.items()})
     cases = [
         (lambda: module({"RGB": features["RGB"]}), r"modalities \['Audio', 'Flow', 'RGB'\], got \['RGB'\]"),
+        (lambda: module({**features, "Depth": features["RGB"]}), r"modalities \['Audio', .*got \['Audio', 'Depth',"),
         (lambda: module({**features, "RGB": features["Flow"]}), r"features\['RGB'\] must have 12 channels.*\(3, 8"),
         (lambda: module({**features, "RGB": features["RGB"][:2]}), r"must have N = 2|must have N = 3"),
         (lambda: module({**features, "Audio": features["RGB"][:, :10]}), r"features\['Audio'\] must be \(N,C\), got"),
         (lambda: module({**features, "Audio": features["Audio"][:, None]}), r"features\['Audio'\] must be"),
+        # Without SMR nothing after the module's own check would notice: a vector passes through unread.
+        (lambda: plain({**features, "Audio": features["RGB"][:, :10]}), r"features\['Audio'\] must be \(N,C\), got"),
         (
             lambda: module({**features, "Flow": features["Flow"][..., :6]}),
             r"'Flow'\] must have the map size of 'RGB' \(7, 7\), got",
@@ -249,7 +290,8 @@ def test_errors_name_what_where_and_what_was_expected():
         (lambda: SemanticMutualRefinement({}), r"at least one modality"),
         (lambda: SemanticMutualRefinement({"A": 4}, reduction=0), r"reduction must be at least 1, got 0"),
         (lambda: MutualEnhancement(SPATIAL, init="zeros"), r"init must be 'torch' or 'ta3n', got 'zeros'"),
-        (lambda: module.cmc({k: features[k] for k in SPATIAL}), r"made for 2 gates a modality, got gates=None"),
+        (lambda: module.cmc(maps), r"made for 2 gates a modality, got gates=None"),
+        (lambda: plain.cmc(maps, {k: gates[k] for k in SPATIAL}), r"made for no gates, got gates=some"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -1,8 +1,14 @@
-"""train.py: what a run leaves, that it repeats and resumes bitwise, and what it says to bad input."""
+"""train.py: what a run leaves, that it repeats and resumes bitwise, and what it says to bad input.
 
+What its steps compute and what it tells the modules: test_train_steps.py.
+"""
+
+import contextlib
 import json
+import os
 import pickle
 import shutil
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -11,47 +17,15 @@ import torch
 
 import train
 from m3em_fast.data.digits import DigitsConfig, prepare
-from m3em_fast.data.store import FeatureStoreWriter, Modality
+from m3em_fast.data.store import Modality
 from m3em_fast.uda import METHODS
-from m3em_fast.uda.checkpoint import CheckpointError
-
-MODALITIES = {
-    "RGB": Modality("map", 5, 6, 4, 4, "float16"),
-    "Flow": Modality("map", 5, 4, 4, 4, "float16"),
-    "Audio": Modality("vector", 5, 5, None, None, "float16"),
-}
-CLASSES = {"verb": 3, "noun": 4}
-
-
-def write_store(path, clips, seed, modalities=MODALITIES, labelled=True, flip=False):
-    rng = np.random.default_rng(seed)
-    labels = {kind: rng.integers(0, count, clips) for kind, count in CLASSES.items()}
-    features = {}
-    for name, m in modalities.items():
-        shape = (clips, m.frames, m.channels) + ((m.height, m.width) if m.kind == "map" else ())
-        x = rng.random(shape)
-        for kind, first in (("verb", 0), ("noun", 1)):
-            channel = (labels[kind] + first) % m.channels
-            x[np.arange(clips), :, channel] += 1.5
-        features[name] = x.astype(np.float16)
-    if flip:
-        labels = {kind: CLASSES[kind] - 1 - x for kind, x in labels.items()}
-    with FeatureStoreWriter(path, modalities, CLASSES) as writer:
-        writer.append([f"{path.name}_{i}" for i in range(clips)], features, labels if labelled else None)
+from m3em_fast.uda.checkpoint import KEYS, CheckpointError, load_checkpoint, save_checkpoint
+from train_cases import CLASSES, MODALITIES, make_options, write_data, write_store
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stores")
-    sizes = {"source_train": 44, "source_val": 20, "target_train": 50, "target_test": 30}
-    for seed, (split, clips) in enumerate(sizes.items()):
-        write_store(folder / split, clips, seed, labelled=split != "target_train")
-    return folder
-
-
-def make_options(data, run, **changes):
-    sizes = {"epochs": 2, "batch_source": 10, "batch_target": 12, "lr_steps": (1,), "save_every": 2, "latent": 4}
-    return train.Options(data=data, run=run, **{**sizes, "fc_dim": 16, "relation_dim": 8, "device": "cpu", **changes})
+    return write_data(tmp_path_factory.mktemp("stores"))
 
 
 def copied(data, folder, *, without=()):
@@ -89,6 +63,22 @@ def test_a_run_leaves_everything_and_repeats_bitwise(data, tmp_path):
     assert state["epoch"] == 2 and state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.003)
 
 
+def assert_same(a, b):
+    """Equal to the last bit, through dicts, lists and tensors."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
 @pytest.mark.parametrize("saves", [1, 2, 4])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_resumed_run_ends_bitwise_where_an_undisturbed_one_does(data, tmp_path, monkeypatch, saves, precision):
@@ -109,8 +99,14 @@ def test_a_resumed_run_ends_bitwise_where_an_undisturbed_one_does(data, tmp_path
     monkeypatch.setattr(train, "save_checkpoint", real)
     assert not (tmp_path / "cut" / "metrics.json").exists()
     torch.rand(7)  # whatever state the generator is in, the checkpoint's must win
-    resumed = train.train(make_options(data, tmp_path / "cut", precision=precision, resume=True))
+    (tmp_path / "cut").rename(tmp_path / "moved")  # a run folder says nowhere where it lies
+    resumed = train.train(make_options(data, tmp_path / "moved", precision=precision, resume=True))
     assert (resumed / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
+    # What metrics do not show, or not yet: the optimizer's momentum, the scaler's count of steps, the generator.
+    states = [torch.load(run / "checkpoint.pt", weights_only=True) for run in (whole, resumed)]
+    assert_same(*states)
+    assert bool(states[0]["scaler"]) == (precision == "fp16")  # without loss scaling there is no state
+    assert {path.name for path in resumed.glob("checkpoint*")} == {"checkpoint.pt"}
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -161,12 +157,39 @@ def test_the_presets_are_what_the_command_line_gives():
     assert train.parse(["--latent", "8", "--preset", "epic"]).latent == 8
 
 
+def test_devices_and_card_generations(monkeypatch):
+    for cards, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cards=cards: cards)
+        assert train.resolve(train.Options()).device == device
+        assert train.resolve(train.Options(device="cpu")).device == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, refused in (((7, 5), True), ((8, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
+        assert train.resolve(train.Options(precision="bf16", device="cpu")).precision == "bf16"
+        with pytest.raises(train.UsageError, match="--precision fp16") if refused else contextlib.nullcontext():
+            train.resolve(train.Options(precision="bf16"))
+
+
+def test_a_run_without_a_name_takes_the_first_free_number(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    names = [train.open_run(train.Options(method=m)).run.name for m in ("ta3n", "ta3n", "m3em")]
+    assert names == ["digits-ta3n-1", "digits-ta3n-2", "digits-m3em-1"]
+    # An empty folder holds nothing that could be lost.
+    assert train.open_run(train.Options(run=tmp_path / "runs" / names[0])).run.is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(train.UsageError, match="exists already"):
+        train.open_run(train.Options(run=tmp_path / "file"))
+
+
 BAD_OPTIONS = [
     (["--epoch", "3"], "epoch"),
     (["--method", "dann"], "source_only"),
     (["--precision", "fp8"], "bf16"),
     (["--epochs", "0"], "--epochs must be positive, got 0"),
     (["--batch-source", "-1"], "--batch-source must be positive, got -1"),
+    (["--lr", "-0.1"], "--lr must be positive, got -0.1"),
+    (["--threads", "-1"], "--threads must be 0 or more, got -1"),
+    (["--seed", "4294967296"], "--seed must be from 0 to 2**32 - 1, got 4294967296"),
     (["--dropout", "1.5"], "--dropout must be from 0 to below 1, got 1.5"),
     (["--device", "cuda"], "--device cuda: torch sees no CUDA device"),
     (["--resume"], "--resume needs --run"),
@@ -187,7 +210,7 @@ def test_bad_options_end_with_code_2_and_a_sentence(data, tmp_path, monkeypatch,
     code, err = call(monkeypatch, capsys, *given)
     assert code == 2
     assert message in err and "Traceback" not in err
-    assert not list(tmp_path.rglob("metrics.json"))
+    assert not list(tmp_path.iterdir())  # not even the folder of a run that never began
 
 
 def test_an_existing_run_is_never_overwritten(data, tmp_path, monkeypatch, capsys):
@@ -211,7 +234,10 @@ def test_bad_data_is_named(data, tmp_path, monkeypatch, capsys):
         0,
         {**MODALITIES, "Audio": Modality("vector", 5, 7, None, None, "float16")},
     )
+    cases["classes"] = copied(data, tmp_path / "classes", without=["target_train"])
+    write_store(cases["classes"] / "target_train", 10, 0, classes={**CLASSES, "noun": 5})
     messages = {
+        "classes": "target_train has other classes than source_train",
         "missing": "target_test",
         "labels": "source_val has no labels",
         "shapes": "target_train has other modalities or shapes than source_train",
@@ -262,8 +288,11 @@ def test_bad_checkpoints_are_refused(data, tmp_path, monkeypatch, capsys):
         else:
             torch.save({"hostile": Hostile(marker), "foreign": {"weights": torch.ones(2)}, "later": later}[name], path)
         before = path.read_bytes()
-        code, err = call(monkeypatch, capsys, "--data", data, "--run", run, "--resume", "--device", "cpu")
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("always")
+            code, err = call(monkeypatch, capsys, "--data", data, "--run", run, "--resume", "--device", "cpu")
         assert code == 2 and message in err and "Traceback" not in err, (name, err)
+        assert not any("pickle" in str(w.message) for w in shown)  # the sentence says it all
         assert path.read_bytes() == before
     assert not marker.exists()
 
@@ -276,6 +305,37 @@ def test_a_checkpoint_of_another_shape_is_refused(data, tmp_path):
     torch.save(state, path)
     with pytest.raises(CheckpointError, match="does not fit this model"):
         train.train(replace(options, resume=True))
+
+
+def test_a_run_is_resumed_with_its_own_options_or_not_at_all(data, tmp_path):
+    options = make_options(data, tmp_path / "run", epochs=1, lr=0.03)  # given, or another method changes it too
+    train.train(options)
+    changes = {"seed": 9, "lr": 0.5, "epochs": 5, "gamma": 0.1, "beta": (0.1, 0.2, 0.3), "dropout": 0.1}
+    for name, value in {**changes, "precision": "bf16", "method": "ta3n", "lr_steps": (2,)}.items():
+        with pytest.raises(train.UsageError, match=f"was started with --{name.replace('_', '-')} "):
+            train.train(replace(options, resume=True, **{name: value}))
+
+
+def test_a_checkpoint_is_whole_or_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    state = dict.fromkeys(KEYS - {"format"}, 1)
+    save_checkpoint(path, state)
+    done = []
+    real = {name: getattr(os, name) for name in ("fsync", "replace")}
+    for name in real:
+        monkeypatch.setattr(os, name, lambda *a, name=name: (done.append(name), real[name](*a))[1])
+    save_checkpoint(path, {**state, "epoch": 2})
+    assert done == ["fsync", "replace"]  # renamed earlier, it could be empty after a power cut
+    assert load_checkpoint(path)["epoch"] == 2
+
+    def write_half(value, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", write_half)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(path, {**state, "epoch": 3})
+    assert load_checkpoint(path)["epoch"] == 2
 
 
 def test_bf16_is_refused_on_a_v100_and_fp16_named(data, tmp_path, monkeypatch, capsys):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from m3em_fast.uda import METHODS, ActionModel, action_scores, fuse, grad_reverse, stream_losses, total_loss
-from m3em_fast.uda.evaluation import accuracies, majority_floor
+from m3em_fast.uda import METHODS, TA3N, ActionModel, action_scores, fuse, grad_reverse, stream_losses, total_loss
+from m3em_fast.uda.evaluation import METRICS, accuracies, evaluate, majority_floor, predict
 
 SPATIAL = {"RGB": 8, "Flow": 6}
 VECTOR = {"Audio": 5, "Objects": 4}
@@ -44,6 +44,70 @@ def test_streams_of_every_method(method):
     assert (out.streams["visual"].domain_video is not None) == METHODS[method]["adversarial"]
 
 
+def test_a_stream_reads_its_modalities_in_order_and_every_beta():
+    model = make_model(dropout_i=0.0, dropout_v=0.0)
+    assert model.modalities == ("RGB", "Flow", "Audio", "Objects")
+    features, beta = make_features(), (0.9, 0.5, 0.1)
+    out = model(features, beta)
+    vectors = model.enhancement({name: x.flatten(0, 1) for name, x in features.items()}).vectors
+    joined = {"visual": torch.cat([vectors["RGB"], vectors["Flow"]], 1), **{name: vectors[name] for name in VECTOR}}
+    places = ("domain_relation", "domain_video", "domain_frame")
+    for name, x in joined.items():
+        stream = model.streams[name]
+        alone = stream(x.reshape(6, 5, -1), beta)
+        for place in places:
+            got, want = getattr(out.streams[name], place), getattr(alone, place)
+            torch.testing.assert_close(got, want)
+            # The gradient in the layer under all discriminators, which is where beta tells one place from another.
+            under = stream.fc_feature_shared_source.weight
+            grads = [torch.autograd.grad(logits[..., 0].sum(), under, retain_graph=True)[0] for logits in (got, want)]
+            torch.testing.assert_close(*grads)
+            assert grads[0].abs().max() > 1e-4
+
+
+def test_options_reach_m3em_and_the_streams():
+    model = make_model(num_scales=2, center=True, gate_bias=True, num_segments=3, dropout_i=0.25, dropout_v=0.75)
+    assert (model.enhancement.cmc.num_scales, model.enhancement.cmc.center) == (2, True)
+    assert model.enhancement.smr.self_gates["RGB"][0].bias is not None
+    assert model.num_segments == 3 and model(make_features(frames=3)).verb.shape == (6, 4)
+    for stream in model.streams.values():
+        assert (stream.dropout_i.p, stream.dropout_v.p) == (0.25, 0.75)
+    for init, small in (("ta3n", True), ("torch", False)):
+        model = make_model(init=init)
+        for part in (model.enhancement, model.streams["visual"].fc_feature_shared_source, model.streams["Audio"]):
+            assert (next(part.parameters()).abs().max() < 0.01) == small
+
+
+def test_init_touches_the_layers_that_the_public_code_initialises_and_no_others():
+    touched = {
+        "fc_feature_shared_source",
+        "fc_feature_domain",
+        "fc_classifier_domain",
+        "fc_feature_domain_video",
+        "fc_classifier_domain_video",
+        "fc_classifier_video_verb_source",
+        "fc_classifier_video_noun_source",
+    }
+    for init in ("ta3n", "torch"):
+        torch.manual_seed(0)
+        model = TA3N(80, 30, 40, fc_dim=70, relation_dim=60, init=init)
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+        others = set(layers) - touched
+        assert touched <= set(layers) and len(others) == 4 + 2 * 4  # TRN's fusion, the relation discriminators
+        for name, layer in layers.items():
+            if init == "ta3n" and name in touched:
+                # 120 weights at least, of which the deviation is known to 7 %.
+                assert 0.0007 < layer.weight.std() < 0.0013 and layer.weight.mean().abs() < 0.0004, name
+                assert not layer.bias.any(), name
+            else:
+                bound = layer.in_features**-0.5  # torch draws from (-bound, bound)
+                for drawn in (layer.weight, layer.bias):
+                    assert 0 < drawn.abs().max() <= bound, (init, name)
+                assert layer.weight.std() > 0.4 * bound, (init, name)
+    with pytest.raises(ValueError, match="init must be 'torch' or 'ta3n', got 'zeros'"):
+        TA3N(8, 3, 4, init="zeros")
+
+
 def test_parameters_that_a_method_does_not_use_do_not_exist():
     names = {method: set(make_model(method).state_dict()) for method in METHODS}
     assert not any("domain" in name or name.startswith("enhancement") for name in names["source_only"])
@@ -70,8 +134,9 @@ def test_frames_of_a_clip_stay_together():
     assert not torch.allclose(swapped.verb, whole.verb, atol=1e-4)  # a relation network knows the order of frames
 
 
-def test_float16_features_train_as_they_are():
-    model = make_model()
+@pytest.mark.parametrize("method", METHODS)
+def test_float16_features_train_as_they_are(method):
+    model = make_model(method)
     out = model(make_features(dtype=torch.float16))
     assert out.verb.dtype == torch.float32
     loss, _ = total_loss(out.streams, torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.long))
@@ -99,6 +164,13 @@ def test_total_loss_weighs_each_kind_of_term_over_all_streams():
     expected = 2.0 * sums["classification"] + 0.5 * sums["attentive_entropy"]
     expected = expected + 3.0 * sum(sums[f"adversarial_{place}"] for place in ("relation", "video", "frame"))
     torch.testing.assert_close(loss, expected)
+    assert sums["attentive_entropy"] > 1  # else the default weight below, 0.003, would leave no trace
+    torch.testing.assert_close(
+        total_loss(out.streams, verb, noun)[0],
+        sum(value for name, value in sums.items() if name != "attentive_entropy") + 0.003 * sums["attentive_entropy"],
+        rtol=1e-6,
+        atol=0,
+    )
     assert set(terms) == set(sums)
     for name, value in terms.items():
         torch.testing.assert_close(value, sums[name].detach())
@@ -142,6 +214,7 @@ def test_actions_are_ranked_by_the_product_of_the_softmax_scores():
     verb, noun = 3 * torch.randn(4, 5), 3 * torch.randn(4, 7)
     scores = action_scores(verb + 200.0, noun)  # a shift of a row's logits changes nothing
     p, q = verb.double().softmax(1), noun.double().softmax(1)
+    torch.testing.assert_close(scores.exp(), (p[:, :, None] * q[:, None, :]).reshape(4, 35), rtol=1e-4, atol=0)
     for row in range(4):
         pairs = sorted(itertools.product(range(5), range(7)), key=lambda vn: -(p[row, vn[0]] * q[row, vn[1]]).item())
         ranked = scores[row].argsort(descending=True).tolist()
@@ -165,3 +238,51 @@ def test_majority_floor():
     assert floor["verb_top1"] == 37.5 and floor["verb_top5"] == 87.5
     assert floor["noun_top1"] == 87.5 and floor["noun_top5"] == 100.0
     assert floor["action_top1"] == 25.0 and floor["action_top5"] == 75.0
+    # (0, 2) and (1, 0) are two actions, although 2 is the largest noun.
+    assert majority_floor(np.array([0, 1]), np.array([2, 0]))["action_top1"] == 50.0
+
+
+class Clips:
+    """As much of a feature store as the evaluation reads; every clip has its features and labels of its own."""
+
+    def __init__(self, clips=11):
+        self.features = make_features(clips)
+        self.labels = {"verb": np.arange(clips) % 4, "noun": np.arange(clips) % 6}
+
+    def __len__(self):
+        return len(self.features["RGB"])
+
+    def read(self, indices, modalities, *, frames):
+        assert frames == 5
+        return {name: self.features[name][torch.from_numpy(indices)] for name in modalities}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_prediction_is_the_model_in_eval_mode_clip_by_clip_whatever_the_batch(training):
+    model, store = make_model(), Clips()
+    wanted = model.eval()(store.features)
+    model.train(training)
+    context = {"device": torch.device("cpu"), "autocast": torch.autocast("cpu", enabled=False)}
+    for batch in (1, 4, 11, 512):
+        verb, noun = predict(model, store, batch=batch, **context)
+        assert not verb.requires_grad and model.training == training
+        torch.testing.assert_close(verb, wanted.verb.detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(noun, wanted.noun.detach(), rtol=1e-4, atol=1e-6)
+    got = evaluate(model, store, batch=4, **context)
+    labels = [torch.from_numpy(store.labels[kind]) for kind in ("verb", "noun")]
+    assert got == accuracies(wanted.verb, wanted.noun, *labels) and set(got) == set(METRICS)
+    store.labels = None
+    with pytest.raises(ValueError, match="store of 11 clips has no labels"):
+        evaluate(model, store, batch=4, **context)
+
+
+def test_prediction_takes_the_precision_it_is_given_and_returns_float32():
+    model, store = make_model(), Clips()
+    cpu = torch.device("cpu")
+    full, _ = predict(model, store, batch=8, device=cpu, autocast=torch.autocast("cpu", enabled=False))
+    half, _ = predict(model, store, batch=8, device=cpu, autocast=torch.autocast("cpu", dtype=torch.bfloat16))
+    assert half.dtype == full.dtype == torch.float32
+    assert not torch.equal(half, full)
+    torch.testing.assert_close(half, full, rtol=0.05, atol=0.05)
+    # Scores of float32 are no rounded ones.
+    assert not torch.equal(full, full.half().float())

@@ -1,0 +1,5 @@
+"""How fast the ops are, and against what: ``python -m bench --help``.
+
+One file an op defines what is measured; ``eager.py`` is the baseline of every figure of speed, ``gate.py`` lets nothing
+be timed that is not right, ``core.py`` measures, ``providers.py`` says who is measured, ``report.py`` prints.
+"""

@@ -1,0 +1,28 @@
+"""channel_gate with two gates: equations 2 to 4 of the report."""
+
+from __future__ import annotations
+
+import torch
+
+from bench import eager
+from bench.case import Case, Draw, Layout, Problem, Size, cases_of, sizes_of, traffic
+from m3em_fast import ops
+
+OP = "channel_gate"
+# Features are frozen in training, so that x needs no gradient there.
+VARIANTS = {"2 gates": ("x", "gate0", "gate1"), "2 gates, x frozen": ("gate0", "gate1")}
+READS = {"x": ("gate0", "gate1"), "gate0": ("x",), "gate1": ("x",)}
+
+
+def setup(size: Size, dtype: torch.dtype, layout: Layout, needs: tuple[str, ...]) -> Problem:
+    draw = Draw(dtype, layout, OP, size)
+    inputs = {"x": draw(size.n, size.c, size.h, size.w)}
+    inputs |= {f"gate{g}": draw.gate(size.n, size.c) for g in range(2)}
+    sizes = sizes_of(inputs)
+    moved = traffic(sizes, 2 * sizes["x"], needs, READS)
+    return Problem(inputs, needs, moved, ops.channel_gate, eager.channel_gate)
+
+
+def cases(size: Size, dtype: torch.dtype, layout: Layout) -> list[Case]:
+    shape = f"x {size.n}x{size.c}x{size.h}x{size.w}"
+    return cases_of(OP, VARIANTS, setup, shape, size, dtype, layout)

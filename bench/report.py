@@ -1,0 +1,165 @@
+"""Rows as a table for people and as records for programs."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bench.core import MODES, TINY_MODES, Row
+from m3em_fast import env
+
+
+def conditions() -> dict[str, Any]:
+    """Where and when: what every figure depends on and every record carries."""
+    found = env.report()
+    processor, package = found["processor"], found["package"]
+    return {
+        "cpu": processor.get("model"),
+        "cores": processor.get("usable_cores"),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "version": package.get("version"),
+        "commit": package.get("commit"),
+        "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def conditions_line(where: dict[str, Any], copy_bandwidth: float) -> str:
+    commit = where["commit"] or "unknown"
+    commit = commit.replace(commit.split()[0], commit.split()[0][:12])
+    return (
+        f"{where['cpu']}, {where['threads']} threads on {where['cores']} cores · torch {where['torch']} · "
+        f"m3em_fast {where['version']}, commit {commit} · {where['timestamp']} · copy {copy_bandwidth / 1e9:.1f} GB/s"
+    )
+
+
+def record(row: Row, where: dict[str, Any]) -> dict[str, Any]:
+    """One row as plain values. Times in milliseconds, ratios above 1 for faster."""
+    low, middle, high = row.percentiles or (None, None, None)
+    is_ours = row.provider.backend is not None
+    size = row.case.size
+    return {
+        "op": row.case.op,
+        "variant": row.case.variant,
+        "provider": "m3em_fast" if is_ours else row.provider.name,
+        "backend": row.provider.backend,
+        "mode": row.mode,
+        "shape": {"n": size.n, "c": size.c, "d": size.d, "h": size.h, "w": size.w},
+        "dtype": row.case.dtype_name,
+        "requires_grad": row.case.needs,
+        "layout": row.case.layout,
+        "rounds": len(row.times),
+        "p20_ms": _scaled(low, 1e3),
+        "p50_ms": _scaled(middle, 1e3),
+        "p80_ms": _scaled(high, 1e3),
+        "ratio_to_eager": row.ratio_to_eager,
+        "ratio_to_compile": row.ratio_to_compile,
+        "loss": row.loss,
+        "gb_per_s": _scaled(row.bandwidth, 1e-9),
+        "multiple_of_floor": row.multiple_of_floor,
+        "gflop_per_s": row.flops / middle / 1e9 if row.flops and middle else None,
+        "copy_gb_per_s": _scaled(row.copy_bandwidth, 1e-9),
+        "saved_bytes": row.saved_bytes,
+        "error": row.error,
+        **where,
+    }
+
+
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
+def write_json(path: Path, rows: Iterable[Row], where: dict[str, Any]) -> None:
+    """All records or, if something goes wrong on the way, the file as it was before."""
+    text = json.dumps([record(row, where) for row in rows], indent=1, allow_nan=False) + "\n"
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _cell(value: float | None, digits: str = ".3g") -> str:
+    return "" if value is None else format(value, digits)
+
+
+def _time(seconds: float, unit: float) -> str:
+    value = seconds * unit
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _times(row: Row | None, unit: float) -> list[Text | str]:
+    """Median and ratio to eager."""
+    if row is None:
+        return ["", ""]
+    if row.percentiles is None:
+        return [Text("failed" if row.error else "", style="red"), ""]
+    ratio = _ratio(row.ratio_to_eager)
+    return [_time(row.percentiles[1], unit), Text(f"{ratio} loss", style="bold red") if row.loss else ratio]
+
+
+def _ratio(value: float | None) -> str:
+    """Two digits, and a third where two would make 1.00 of less."""
+    return _cell(value, ".3f" if value is not None and 0.995 <= value < 1 else ".2f")
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The rows of one case, a line a provider. What stands behind the modes belongs to the last of them."""
+    modes = TINY_MODES if rows[0].mode in TINY_MODES else MODES
+    tiny = modes is TINY_MODES
+    unit, name = (1e6, "µs") if tiny else (1e3, "ms")
+    found = Table(title=str(rows[0].case), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    found.add_column("", min_width=9)
+    for mode in modes:
+        found.add_column(mode.removeprefix("tiny, ").replace("+", "\n+ ") + f"\n{name}", justify="right")
+        found.add_column("x eager", justify="right", min_width=9)
+    found.add_column(f"20-80 %\n{name}", justify="right")
+    found.add_column("x com-\npile", justify="right")
+    if not tiny:
+        has_products = any(row.flops for row in rows)
+        for column in ("GB/s", "x floor", *(("GFLOP/s",) if has_products else ()), "saved\nMB"):
+            found.add_column(column, justify="right")
+    errors = []
+    for provider in dict.fromkeys(row.provider for row in rows):
+        own = {row.mode: row for row in rows if row.provider == provider}
+        last = own[max(own, key=modes.index)]  # of which the columns at the end are
+        line: list[Text | str] = [provider.name]
+        for mode in modes:
+            line += _times(own.get(mode), unit)
+        span = last.percentiles
+        line.append(f"{_time(span[0], unit)}-{_time(span[2], unit)}" if span else "")
+        line.append(_cell(last.ratio_to_compile, ".2f"))
+        if not tiny:
+            line += [_cell(_scaled(last.bandwidth, 1e-9), ".2f"), _cell(last.multiple_of_floor, ".2f")]
+            if has_products:
+                line.append(_cell(last.flops / span[1] / 1e9 if last.flops and span else None, ".1f"))
+            line.append(_cell(_scaled(last.saved_bytes, 1e-6), ".1f"))
+        found.add_row(*line)
+        reasons = dict.fromkeys(row.error for row in own.values() if row.error)
+        errors += [f"{provider.name} failed: {reason}" for reason in reasons]
+    found.caption = Text("\n".join(errors), style="red") if errors else None
+    found.caption_justify = "left"
+    return found
+
+
+def print_losses(console: Console, rows: Iterable[Row]) -> None:
+    """Where somebody would be better served by eager PyTorch."""
+    lost = [row for row in rows if row.loss]
+    for row in lost:
+        text = f"loss: {row.provider.name} at {_ratio(row.ratio_to_eager)} x eager, {row.mode}: {row.case}"
+        console.print(Text(text, style="red"), soft_wrap=True)
