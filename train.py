@@ -26,7 +26,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from m3em_fast import env
+from m3em_fast import backends, env
 from m3em_fast.data.samplers import num_batches, paired_batches
 from m3em_fast.data.store import FeatureStore, StoreError
 from m3em_fast.ops.consensus_map import resolve_num_scales
@@ -154,6 +154,10 @@ def resolve(options: Options) -> Options:
             raise UsageError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}.")
     if options.threads < 0:
         raise UsageError(f"--threads must be 0 or more, got {options.threads}.")
+    try:
+        backends.current()
+    except ValueError as error:
+        raise UsageError(f"{error}.") from error
     if not 0 <= options.dropout < 1:
         raise UsageError(f"--dropout must be from 0 to below 1, got {options.dropout}.")
     if not 0 <= options.seed < 2**32:
@@ -390,7 +394,7 @@ def train(options: Options) -> Path:
 def main() -> int:
     try:
         run = train(parse(sys.argv[1:]))
-    except (UsageError, StoreError, CheckpointError) as error:
+    except (UsageError, StoreError, CheckpointError, backends.BackendError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

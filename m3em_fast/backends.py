@@ -2,7 +2,8 @@
 
 ``auto`` takes the fastest that can serve the call; a backend chosen by name serves it or raises with its reason. The
 choice is made by ``m3em_fast.backend("cpu")`` around a block, by the environment variable M3EM_BACKEND for the whole
-process, and else it is ``auto``.
+process, and else it is ``auto``. Under ``torch.compile`` and ``torch.export`` the reference is traced, whatever is
+chosen.
 """
 
 from __future__ import annotations

@@ -112,6 +112,7 @@ def test_complaints_are_one_sentence_and_code_2(tmp_path, monkeypatch, capsys):
         (save(tmp_path / "number", "5"),): "is no metrics file of train.py",
         (save(tmp_path / "list", "[]"),): "is no metrics file of train.py",
         (save(tmp_path / "lacking", lacking),): "is no metrics file of train.py",
+        (save(tmp_path / "hollow", json.dumps({**make_run("ta3n"), "results": {}})),): "is no metrics file of train.py",
         (): "name at least one run folder",
         (good, "--markdown", tmp_path / "no" / "table.md"): "No such file or directory",
     }

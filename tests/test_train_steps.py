@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from m3em_fast import backends
 from m3em_fast.data.samplers import paired_batches
 from m3em_fast.data.store import FeatureStore
 from m3em_fast.uda import METHODS, report, total_loss
@@ -223,3 +225,25 @@ def test_exit_codes_and_streams(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "evaluate", interrupt)
     code, out, err = call("cut", *small)
     assert code == 130 and out == "" and "--resume goes on from the last checkpoint" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", ["fpga", "cpu"])
+def test_a_backend_that_cannot_be_is_named(data, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setenv("M3EM_BACKEND", name)
+    monkeypatch.setattr(backends, "native", None)
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--data", str(data), "--run", str(tmp_path / "run"), "--device", "cpu"]
+    )
+    assert train.main() == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert ("got 'fpga'" if name == "fpga" else "backend cpu cannot serve this call") in error
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(data, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("mine")
+    run = tmp_path / "file" / "run"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(data), "--run", str(run), "--device", "cpu"])
+    assert train.main() == 2
+    error = capsys.readouterr().err
+    assert str(run) in error and "Traceback" not in error
