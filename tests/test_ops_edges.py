@@ -237,6 +237,18 @@ def run(call, tensors):
     return [out.detach(), *torch.autograd.grad(out, leaves, random_grad(out))]
 
 
+@EVERY_DTYPE
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize(
+    ("shape", "latent"), [((6, 150, 3, 2), 19), ((5, 17, 17, 16), 134), ((1, 1, 41, 40), 7), ((2, 300, 1, 1), 33)]
+)
+def test_projections_larger_than_the_blocks_of_a_matrix_product(backend, dtype, layout, shape, latent):
+    """Channels, positions, samples and rows of the weight that fill several blocks and a part of one."""
+    call = Call("gated_projection", gates=2, bias=True)
+    layouts = [layout] * len(call.names)
+    check(backend, call, random_tensors(call, *shape, dtype, layouts=layouts, d=latent), grad_layout=layout)
+
+
 @pytest.mark.parametrize("call", CALLS, ids=str)
 @EVERY_DTYPE
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

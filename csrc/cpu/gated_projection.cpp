@@ -1,110 +1,329 @@
-// gated_projection: the two steps around torch's matrix product, for one or two samples at a time, so that what they
-// make stays in the cache.
+// gated_projection: a projection of gated copies is a projection with gated weights, a product for every sample,
 //
-//   fold:    matrix_n = sum over gates of weight_g * diag(gate_g[n])        then  out_n = matrix_n * x_n
-//   unfold:  from M_n = grad_out_n * x_n^T,  grad_weight_g += M_n * diag(gate_g[n]),
-//            grad_gate_g[n] = column sums of weight_g times M_n, element by element
-#include "cpu/tile.h"
+//   out_n    = F_n x_n          F_n = sum over gates of weight_g diag(gate_g[n])        (D,C)
+//   grad_x_n = F_n^T grad_n
+//   M_n      = grad_n x_n^T,    grad_weight_g += M_n diag(gate_g[n]),
+//                               grad_gate_g[n] = column sums of weight_g times M_n, element by element
+//
+// which takes half the multiplications of the convolution over gated copies. Neither F_n nor M_n is ever whole: a panel
+// of F_n is made in the first-level cache where it is used, and M_n exists as blocks of sums in registers only.
+#include "cpu/product.h"
 
 namespace m3em {
 namespace M3EM_ISA {
 namespace {
 
-template <class T>
-void fold(const GatedProjection &o) {
-    using A = typename acc_of<T>::type;
-    const int64_t all = o.num_gates * o.c;
-    // Gates first, as rows of numbers in the accumulation type, shared by all rows of the weight.
-    Scratch shared(int64_t(sizeof(A)) * o.m * all);
-    A *gates = shared.take<A>(o.m * all);
-    for (int64_t i = 0; i < o.m; ++i)
-        for (int g = 0; g < o.num_gates; ++g)
-            for (int64_t c = 0; c < o.c; ++c)
-                gates[i * all + g * o.c + c] = matrix_at<A>(o.gates[g], o.first + i, c);
-    for_each(o.d, o.threads, int64_t(sizeof(A)) * all + 64, [&](Scratch &scratch, int64_t d) {
-        A *row = scratch.take<A>(all);
-        const T *weight = static_cast<const T *>(o.weight.data) + d * o.weight.stride[0];
-        if (o.weight.stride[1] == 1)
-            widen_row(weight, row, all);
+// Of these, only the two depths are in the results: sums are made in pieces of so many terms, whatever the rest is.
+constexpr int64_t Depth = 128;           // rows of a panel of folded weights
+constexpr int64_t Positions = 256;       // terms of one block of M_n
+constexpr int64_t Group = 4;             // samples of 7x7 that share one reading of a block of weights
+constexpr int64_t Columns = 128;         // columns of the result that one task makes
+constexpr int64_t KeptBytes = 512 << 10; // weights and their gradients that a task keeps in the second-level cache
+
+static inline int64_t up(int64_t count, int64_t to) { return (count + to - 1) / to; }
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// The parts of the workspace, all in the accumulation type.
+template <class A>
+struct Work {
+    static constexpr int64_t W = Block<A>::W;
+    int64_t strips, panel; // panels of W columns; numbers of one of them
+    int64_t pitch;         // of a row of gates
+    int64_t size;          // of all parts together
+    A *weights = nullptr;  // forward: [gate][strip of D][C][W]; backward: [gate][strip of C][D][W]
+    A *gates = nullptr;    // [sample][gate][pitch], zeros behind C
+    A *grads = nullptr;    // backward: like the weights
+
+    Work(const GatedProjection &o, bool backward) {
+        strips = up(backward ? o.c : o.d, W);
+        panel = (backward ? o.d : o.c) * W;
+        pitch = up(o.c, W) * W;
+        const int64_t all = o.num_gates * strips * panel;
+        size = all * (backward ? 2 : 1) + o.n * o.num_gates * pitch;
+        if (!o.work)
+            return;
+        weights = static_cast<A *>(o.work);
+        gates = weights + all;
+        grads = gates + o.n * o.num_gates * pitch;
+    }
+    A *weights_at(int g, int64_t strip) const { return weights + (g * strips + strip) * panel; }
+    A *grads_at(int g, int64_t strip) const { return grads + (g * strips + strip) * panel; }
+    const A *gate(const GatedProjection &o, int64_t n, int g) const { return gates + (n * o.num_gates + g) * pitch; }
+};
+
+// Numbers from .. from+count of row d of the weight.
+template <class A>
+static inline void weight_row(const GatedProjection &o, int64_t d, int64_t from, int64_t count, A *to) {
+    with_type_of<A>(o.weight.dtype, [&](auto type) {
+        using T = decltype(type);
+        const int64_t step = o.weight.stride[1];
+        const T *row = static_cast<const T *>(o.weight.data) + d * o.weight.stride[0] + from * step;
+        if (step == 1)
+            widen_row(row, to, count);
         else
-            for (int64_t i = 0; i < all; ++i)
-                row[i] = widen(weight[i * o.weight.stride[1]]);
-        for (int64_t i = 0; i < o.m; ++i) {
-            A *out = static_cast<A *>(o.matrix) + (i * o.d + d) * o.c;
-            for (int64_t c = 0; c < o.c; ++c)
-                out[c] = row[c] * gates[i * all + c];
-            for (int g = 1; g < o.num_gates; ++g) {
-                const A *gate = gates + i * all + g * o.c, *from = row + g * o.c;
-                for (int64_t c = 0; c < o.c; ++c)
-                    out[c] += from[c] * gate[c];
+            for (int64_t i = 0; i < count; ++i)
+                to[i] = widen(row[i * step]);
+    });
+}
+
+template <class A>
+void pack_gates(const GatedProjection &o, const Work<A> &work) {
+    if (!o.gates[0].data)
+        return;
+    for_each(o.n * o.num_gates, o.threads, 0, [&](Scratch &, int64_t i) {
+        A *to = work.gates + i * work.pitch;
+        for (int64_t c = 0; c < work.pitch; ++c)
+            to[c] = c < o.c ? matrix_at<A>(o.gates[i % o.num_gates], i / o.num_gates, c) : A(0);
+    });
+}
+
+template <class A>
+void pack_weights(const GatedProjection &o, const Work<A> &work, bool backward) {
+    constexpr int64_t W = Block<A>::W;
+    if (!o.weight.data)
+        return;
+    if (backward) {
+        for_each(o.d, o.threads, int64_t(sizeof(A)) * work.pitch, [&](Scratch &scratch, int64_t d) {
+            A *row = scratch.take<A>(work.pitch);
+            for (int g = 0; g < o.num_gates; ++g) {
+                for (int64_t c = o.c; c < work.pitch; ++c)
+                    row[c] = 0;
+                weight_row(o, d, g * o.c, o.c, row);
+                for (int64_t s = 0; s < work.strips; ++s)
+                    std::memcpy(work.weights_at(g, s) + d * W, row + s * W, W * sizeof(A));
             }
+        });
+        return;
+    }
+    for_each(work.strips * W / V, o.threads, int64_t(sizeof(A)) * V * o.c, [&](Scratch &scratch, int64_t eight) {
+        A *rows = scratch.take<A>(V * o.c);
+        for (int g = 0; g < o.num_gates; ++g) {
+            for (int64_t i = 0; i < V; ++i) {
+                if (eight * V + i < o.d)
+                    weight_row(o, eight * V + i, g * o.c, o.c, rows + i * o.c);
+                else
+                    std::memset(rows + i * o.c, 0, o.c * sizeof(A));
+            }
+            transpose_in(rows, o.c, work.weights_at(g, eight * V / W) + eight * V % W, o.c, W);
         }
     });
 }
 
-template <class T>
-void unfold(const GatedProjection &o) {
-    using A = typename acc_of<T>::type;
-    const int64_t all = o.num_gates * o.c;
-    // One task is a block of channels in every row of the matrices: all samples and gates meet it while it is in the
-    // cache, and no two tasks add to the same number.
-    constexpr int64_t Block = 64;
-    const int64_t blocks = (o.c + Block - 1) / Block, sums = o.m * o.num_gates * Block;
-    const int64_t bytes = int64_t(sizeof(A)) * (2 * sums + Block) + 3 * 64;
-    for_each(blocks, o.threads, bytes, [&](Scratch &scratch, int64_t task) {
-        const int64_t c0 = task * Block, count = o.c - c0 < Block ? o.c - c0 : Block;
-        A *gate = scratch.take<A>(sums);
-        A *sum = scratch.take<A>(sums);
-        A *row = scratch.take<A>(Block);
-        for (int64_t i = 0; i < o.m; ++i)
-            for (int g = 0; g < o.num_gates; ++g)
-                for (int64_t c = 0; c < count; ++c) {
-                    const int64_t at = (i * o.num_gates + g) * Block + c;
-                    gate[at] = o.grad_weight ? matrix_at<A>(o.gates[g], o.first + i, c0 + c) : A(0);
-                    sum[at] = 0;
-                }
-        for (int64_t d = 0; d < o.d; ++d) {
-            const A *product = static_cast<const A *>(o.matrix) + d * o.c + c0;
-            for (int g = 0; g < o.num_gates; ++g) {
-                if (o.grad_weight) {
-                    A *to = static_cast<A *>(o.grad_weight) + d * all + g * o.c + c0;
-                    for (int64_t i = 0; i < o.m; ++i) {
-                        const A *from = product + i * o.d * o.c, *factor = gate + (i * o.num_gates + g) * Block;
-                        for (int64_t c = 0; c < count; ++c)
-                            to[c] += from[c] * factor[c];
-                    }
-                }
-                if (!o.grad_gates[g].data)
-                    continue;
-                const T *weight = static_cast<const T *>(o.weight.data) + d * o.weight.stride[0] +
-                                  (g * o.c + c0) * o.weight.stride[1];
-                if (o.weight.stride[1] == 1)
-                    widen_row(weight, row, count);
-                else
-                    for (int64_t c = 0; c < count; ++c)
-                        row[c] = widen(weight[c * o.weight.stride[1]]);
-                for (int64_t i = 0; i < o.m; ++i) {
-                    const A *from = product + i * o.d * o.c;
-                    A *to = sum + (i * o.num_gates + g) * Block;
-                    for (int64_t c = 0; c < count; ++c)
-                        to[c] += row[c] * from[c];
-                }
+// Rows k0 .. k0+count of one panel of F_n. The gates go with the rows of the panel (forward) or with its columns.
+template <class A>
+static inline void fold(const GatedProjection &o, const Work<A> &work, bool backward, int64_t n, int64_t strip,
+                        int64_t k0, int64_t count, A *panel) {
+    using B = Block<A>;
+    using vec = typename B::vec;
+    for (int g = 0; g < o.num_gates; ++g) {
+        const A *from = work.weights_at(g, strip) + k0 * B::W, *gate = work.gate(o, n, g);
+        for (int v = 0; v < B::NV; ++v) {
+            const vec column = *reinterpret_cast<const vec *>(gate + (backward ? strip * B::W : 0) + v * B::L);
+            for (int64_t k = 0; k < count; ++k) {
+                const int64_t at = k * B::W + v * B::L;
+                const vec one = *reinterpret_cast<const vec *>(from + at);
+                const vec gated = backward ? one * column : one * gate[k0 + k];
+                vec &to = *reinterpret_cast<vec *>(panel + at);
+                to = g == 0 ? gated : to + gated;
             }
         }
-        for (int64_t i = 0; i < o.m; ++i)
-            for (int g = 0; g < o.num_gates; ++g)
-                for (int64_t c = 0; o.grad_gates[g].data && c < count; ++c)
-                    put_matrix(o.grad_gates[g], o.first + i, c0 + c, sum[(i * o.num_gates + g) * Block + c]);
+    }
+}
+
+template <class A>
+static inline void add_bias(const GatedProjection &o, int64_t j0, int64_t positions, A *sums) {
+    constexpr int64_t W = Block<A>::W;
+    A bias[W];
+    for (int64_t j = 0; j < W; ++j)
+        bias[j] = j0 + j < o.d ? element<A>(o.bias, (j0 + j) * o.bias.stride[0]) : A(0);
+    for (int64_t q = 0; q < positions; ++q)
+        for (int64_t j = 0; j < W; ++j)
+            sums[q * W + j] += bias[j];
+}
+
+// The forward, and the gradient of x: `in` (N,K,H,W) times the folded weights gives `out` (N,J,H,W).
+template <class A>
+void project(const GatedProjection &o, const Work<A> &work, bool backward, const Tensor &in, int64_t depth,
+             const Tensor &out, int64_t columns) {
+    constexpr int64_t W = Block<A>::W;
+    const int64_t p = o.h * o.w, group = most(1, least(Group, Group * 49 / p));
+    const int64_t per_task = most(1, least(Columns, Columns * Group * 49 / (group * p)) / W);
+    const int64_t groups = up(o.n, group), blocks = up(work.strips, per_task);
+    const Layout layout = layout_of(out, columns, o.h, o.w);
+    const int64_t numbers = group * per_task * p * W + Depth * W + group * Depth * p + V * p;
+    for_each(groups * blocks, o.threads, int64_t(sizeof(A)) * numbers + 4 * 64, [&](Scratch &scratch, int64_t task) {
+        const int64_t s0 = task / groups * per_task, n0 = task % groups * group;
+        const int64_t strips = least(per_task, work.strips - s0), samples = least(group, o.n - n0);
+        A *sums = scratch.take<A>(group * per_task * p * W);
+        A *panel = scratch.take<A>(Depth * W);
+        A *room = scratch.take<A>(group * Depth * p);
+        A *rows = scratch.take<A>(V * p);
+        for (int64_t k0 = 0; k0 < depth; k0 += Depth) {
+            const int64_t count = least(Depth, depth - k0);
+            Operand<A> operands[Group];
+            for (int64_t i = 0; i < samples; ++i)
+                operands[i] = operand(in, n0 + i, k0, count, depth, o.h, o.w, room + i * Depth * p);
+            for (int64_t s = 0; s < strips; ++s)
+                for (int64_t i = 0; i < samples; ++i) {
+                    fold(o, work, backward, n0 + i, s0 + s, k0, count, panel);
+                    const Operand<A> from = operands[i];
+                    A *to = sums + (i * per_task + s) * p * W;
+                    for_rows<A>(p, [&](auto block, int64_t first) __attribute__((always_inline)) {
+                        if (k0)
+                            block.load(to + first * W);
+                        else
+                            block.clear();
+                        block.multiply(from.data + first * from.step, from.step, from.row, panel, count);
+                        block.store(to + first * W);
+                    });
+                }
+        }
+        for (int64_t i = 0; i < samples; ++i)
+            for (int64_t s = 0; s < strips; ++s) {
+                A *to = sums + (i * per_task + s) * p * W;
+                if (!backward && o.bias.data)
+                    add_bias(o, (s0 + s) * W, p, to);
+                with_type_of<A>(out.dtype, [&](auto type) {
+                    using T = decltype(type);
+                    for (int64_t j = 0; j < W && (s0 + s) * W + j < columns; j += V) {
+                        const int64_t j0 = (s0 + s) * W + j;
+                        store_tile(to + j, sample_of<T>(out, n0 + i), out, layout, j0, int(least(V, columns - j0)),
+                                   columns, o.h, o.w, rows, W);
+                    }
+                });
+            }
     });
+}
+
+// W channels of one sample of x as a panel, zeros behind C.
+template <class A>
+static inline void load_panel(const GatedProjection &o, int64_t n, int64_t c0, Layout layout, A *rows, A *panel) {
+    constexpr int64_t W = Block<A>::W;
+    with_type_of<A>(o.x.dtype, [&](auto type) {
+        using T = decltype(type);
+        for (int64_t part = 0; part < W; part += V) {
+            const int64_t there = most(0, least(V, o.c - c0 - part));
+            load_tile(sample_of<T>(o.x, n), o.x, layout, there ? c0 + part : 0, int(there), o.c, o.h, o.w, rows,
+                      panel + part, W);
+        }
+    });
+}
+
+// M_n for one panel of x, added to the gradients as soon as a block of it is there.
+template <class A>
+static inline void outer_panel(const GatedProjection &o, const Work<A> &work, const Operand<A> &grad, const A *panel,
+                               int64_t n, int64_t strip, A *gate_sums) {
+    constexpr int64_t W = Block<A>::W;
+    const int64_t p = o.h * o.w;
+    std::memset(gate_sums, 0, o.num_gates * W * sizeof(A));
+    for (int64_t p0 = 0; p0 < p; p0 += Positions)
+        for_rows<A>(o.d, [&](auto block, int64_t d) __attribute__((always_inline)) {
+            block.clear();
+            block.multiply(grad.data + d * grad.row + p0 * grad.step, grad.row, grad.step, panel + p0 * W,
+                           least(Positions, p - p0));
+            for (int g = 0; g < o.num_gates; ++g) {
+                if (o.grad_weight.data)
+                    block.add_scaled(work.gate(o, n, g) + strip * W, work.grads_at(g, strip) + d * W);
+                if (o.grad_gates[g].data)
+                    block.add_products(work.weights_at(g, strip) + d * W, gate_sums + g * W);
+            }
+        });
+    for (int g = 0; g < o.num_gates; ++g)
+        for (int64_t c = 0; o.grad_gates[g].data && c < least(W, o.c - strip * W); ++c)
+            put_matrix(o.grad_gates[g], n, strip * W + c, gate_sums[g * W + c]);
+}
+
+// Gradients of the weight and of the gates. One task is a block of channels, which sees all samples in their order.
+template <class A>
+void outer(const GatedProjection &o, const Work<A> &work) {
+    constexpr int64_t W = Block<A>::W;
+    const int64_t p = o.h * o.w, strip_bytes = 2 * o.num_gates * work.panel * int64_t(sizeof(A));
+    const int64_t per_task = most(1, least(4, KeptBytes / strip_bytes)), tasks = up(work.strips, per_task);
+    const int64_t bytes = int64_t(sizeof(A)) * (p * W + V * p + o.d * p + o.num_gates * W) + 4 * 64;
+    const Layout layout = layout_of(o.x, o.c, o.h, o.w);
+    for_each(tasks, o.threads, bytes, [&](Scratch &scratch, int64_t task) {
+        const int64_t s0 = task * per_task, s1 = least(work.strips, s0 + per_task);
+        A *panel = scratch.take<A>(p * W);
+        A *rows = scratch.take<A>(V * p);
+        A *room = scratch.take<A>(o.d * p);
+        A *gate_sums = scratch.take<A>(o.num_gates * W);
+        for (int g = 0; o.grad_weight.data && g < o.num_gates; ++g)
+            std::memset(work.grads_at(g, s0), 0, (s1 - s0) * work.panel * sizeof(A));
+        for (int64_t n = 0; n < o.n; ++n) {
+            const Operand<A> grad = operand(o.grad_out, n, 0, o.d, o.d, o.h, o.w, room);
+            for (int64_t s = s0; s < s1; ++s) {
+                load_panel(o, n, s * W, layout, rows, panel);
+                outer_panel(o, work, grad, panel, n, s, gate_sums);
+            }
+        }
+    });
+    if (!o.grad_weight.data)
+        return;
+    for_each(o.d, o.threads, 0, [&](Scratch &, int64_t d) {
+        for (int g = 0; g < o.num_gates; ++g)
+            for (int64_t s = 0; s < work.strips; ++s) {
+                const A *from = work.grads_at(g, s) + d * W;
+                for (int64_t c = 0; c < least(W, o.c - s * W); ++c)
+                    put_matrix(o.grad_weight, d, g * o.c + s * W + c, from[c]);
+            }
+    });
+}
+
+template <class A>
+void bias(const GatedProjection &o) {
+    const int64_t p = o.h * o.w;
+    const Layout layout = layout_of(o.grad_out, o.d, o.h, o.w);
+    for_each(o.d, o.threads, int64_t(sizeof(A)) * 2 * p + 64, [&](Scratch &scratch, int64_t d) {
+        A *room = scratch.take<A>(p);
+        A *ones = scratch.take<A>(p);
+        for (int64_t i = 0; i < p; ++i)
+            ones[i] = 1;
+        double sum = 0; // over all samples: too many terms for a float
+        with_type_of<A>(o.grad_out.dtype, [&](auto type) {
+            using T = decltype(type);
+            for (int64_t n = 0; n < o.n; ++n)
+                sum +=
+                    dot_row(load_rows(sample_of<T>(o.grad_out, n), o.grad_out, layout, d, 1, o.h, o.w, room), ones, p);
+        });
+        put(o.grad_bias, d * o.grad_bias.stride[0], A(sum));
+    });
+}
+
+template <class A>
+void forward(const GatedProjection &o) {
+    const Work<A> work(o, false);
+    pack_gates(o, work);
+    pack_weights(o, work, false);
+    project(o, work, false, o.x, o.c, o.out, o.d);
+}
+
+template <class A>
+void backward(const GatedProjection &o) {
+    const Work<A> work(o, true);
+    pack_gates(o, work);
+    pack_weights(o, work, true);
+    bool others = o.grad_weight.data;
+    for (int g = 0; g < o.num_gates; ++g)
+        others = others || o.grad_gates[g].data;
+    if (o.grad_x.data)
+        project(o, work, true, o.grad_out, o.d, o.grad_x, o.c);
+    if (others)
+        outer(o, work);
+    if (o.grad_bias.data)
+        bias<A>(o);
 }
 
 } // namespace
 
-void gated_projection_fold(const GatedProjection &o) {
-    with_type(o.weight.dtype, [&](auto t) { fold<decltype(t)>(o); });
+int64_t gated_projection_work(const GatedProjection &o, bool backward) {
+    return o.dtype == Dtype::f64 ? Work<double>(o, backward).size : Work<float>(o, backward).size;
 }
-void gated_projection_unfold(const GatedProjection &o) {
-    with_type(o.weight.dtype, [&](auto t) { unfold<decltype(t)>(o); });
+void gated_projection_forward(const GatedProjection &o) {
+    o.dtype == Dtype::f64 ? forward<double>(o) : forward<float>(o);
+}
+void gated_projection_backward(const GatedProjection &o) {
+    o.dtype == Dtype::f64 ? backward<double>(o) : backward<float>(o);
 }
 
 } // namespace M3EM_ISA

@@ -55,15 +55,21 @@ struct ConsensusPool {
     int threads = 1;
 };
 
-// The two steps around torch's matrix product; `matrix` is (M,D,C) for M samples, in the accumulation type.
 struct GatedProjection {
+    Tensor x;                           // (N,C,H,W)
+    const Tensor *gates = nullptr;      // num_gates times (N,C)
     Tensor weight;                      // (D,G*C)
-    const Tensor *gates = nullptr;      // num_gates times (N,C), of which samples first .. first+m are meant
-    void *matrix = nullptr;             // fold: result. unfold: grad_out times x transposed
-    void *grad_weight = nullptr;        // unfold: (D,G*C) in the accumulation type, added to; null where not wanted
-    const Tensor *grad_gates = nullptr; // unfold: like the gates; no data where no gradient is wanted
+    Tensor bias;                        // (D), or no data
+    Tensor out;                         // forward: (N,D,H,W), row-major or channels_last as x is
+    Tensor grad_out;                    // backward: (N,D,H,W), any strides
+    Tensor grad_x;                      // backward, these four: no data where no gradient is wanted
+    const Tensor *grad_gates = nullptr; // like the gates
+    Tensor grad_weight;                 // like the weight
+    Tensor grad_bias;                   // like the bias
+    void *work = nullptr;               // as many numbers of the accumulation type as gated_projection_work says
+    Dtype dtype = Dtype::f32;           // accumulation type
     int num_gates = 1;
-    int64_t m = 0, first = 0, c = 0, d = 0;
+    int64_t n = 0, c = 0, h = 0, w = 0, d = 0;
     int threads = 1;
 };
 
@@ -75,8 +81,9 @@ struct GatedProjection {
     void consensus_map_backward(const ConsensusMap &);                                                                 \
     void consensus_pool_forward(const ConsensusPool &);                                                                \
     void consensus_pool_backward(const ConsensusPool &);                                                               \
-    void gated_projection_fold(const GatedProjection &);                                                               \
-    void gated_projection_unfold(const GatedProjection &);                                                             \
+    int64_t gated_projection_work(const GatedProjection &, bool backward);                                             \
+    void gated_projection_forward(const GatedProjection &);                                                            \
+    void gated_projection_backward(const GatedProjection &);                                                           \
     }
 
 M3EM_DECLARE_KERNELS(plain)
@@ -94,8 +101,9 @@ struct Kernels {
     void (*consensus_map_backward)(const ConsensusMap &);
     void (*consensus_pool_forward)(const ConsensusPool &);
     void (*consensus_pool_backward)(const ConsensusPool &);
-    void (*gated_projection_fold)(const GatedProjection &);
-    void (*gated_projection_unfold)(const GatedProjection &);
+    int64_t (*gated_projection_work)(const GatedProjection &, bool backward);
+    void (*gated_projection_forward)(const GatedProjection &);
+    void (*gated_projection_backward)(const GatedProjection &);
 };
 
 const Kernels &kernels();

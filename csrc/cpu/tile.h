@@ -137,9 +137,9 @@ static inline void narrow_row(const float *from, f16 *to, int64_t count) {
 }
 #endif
 
-// Eight rows of `count` numbers, `pitch` apart, into `count` columns of eight.
+// Eight rows of `count` numbers, `pitch` apart, into `count` columns of eight, `step` apart.
 template <class A>
-static inline void transpose_in(const A *rows, int64_t pitch, A *tile, int64_t count) {
+static inline void transpose_in(const A *rows, int64_t pitch, A *tile, int64_t count, int64_t step = V) {
     int64_t p = 0;
 #if defined(__AVX2__)
     if constexpr (sizeof(A) == 4) {
@@ -158,30 +158,30 @@ static inline void transpose_in(const A *rows, int64_t pitch, A *tile, int64_t c
                 r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
             }
             for (int i = 0; i < 4; ++i) {
-                _mm256_storeu_ps(tile + (p + i) * V, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-                _mm256_storeu_ps(tile + (p + i + 4) * V, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+                _mm256_storeu_ps(tile + (p + i) * step, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+                _mm256_storeu_ps(tile + (p + i + 4) * step, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
             }
         }
     }
 #endif
     for (; p < count; ++p)
         for (int i = 0; i < V; ++i)
-            tile[p * V + i] = rows[i * pitch + p];
+            tile[p * step + i] = rows[i * pitch + p];
 }
 
 // The other way; the matrix of eight by eight is its own inverse.
 template <class A>
-static inline void transpose_out(const A *tile, A *rows, int64_t pitch, int64_t count) {
+static inline void transpose_out(const A *tile, A *rows, int64_t pitch, int64_t count, int64_t step = V) {
     int64_t p = 0;
     for (; p + V <= count; p += V) {
         A block[V * V];
-        transpose_in(tile + p * V, V, block, V);
+        transpose_in(tile + p * step, step, block, V);
         for (int i = 0; i < V; ++i)
             std::memcpy(rows + i * pitch + p, block + i * V, V * sizeof(A));
     }
     for (; p < count; ++p)
         for (int i = 0; i < V; ++i)
-            rows[i * pitch + p] = tile[p * V + i];
+            rows[i * pitch + p] = tile[p * step + i];
 }
 
 enum class Layout { rows, channels_last, strided };
@@ -196,24 +196,25 @@ static inline Layout layout_of(const Tensor &t, int64_t c, int64_t h, int64_t w)
     return Layout::strided;
 }
 
-// Channels c0 .. c0+count of one sample as a tile; channels that are not there are 0. `rows` is room for V*H*W.
+// Channels c0 .. c0+count of one sample as a tile whose positions are `step` apart; channels that are not there are 0.
+// `rows` is room for V*H*W.
 template <class T, class A>
 static inline void load_tile(const T *sample, const Tensor &t, Layout layout, int64_t c0, int count, int64_t c,
-                             int64_t h, int64_t w, A *rows, A *tile) {
+                             int64_t h, int64_t w, A *rows, A *tile, int64_t step = V) {
     const int64_t p = h * w;
     if (layout == Layout::channels_last) {
         for (int64_t q = 0; q < p; ++q) {
             if (count < V)
                 for (int i = count; i < V; ++i)
-                    tile[q * V + i] = 0;
-            widen_row(sample + q * c + c0, tile + q * V, count);
+                    tile[q * step + i] = 0;
+            widen_row(sample + q * c + c0, tile + q * step, count);
         }
         return;
     }
     if (layout == Layout::rows) {
         if constexpr (sizeof(T) == sizeof(A)) {
             if (count == V) {
-                transpose_in(reinterpret_cast<const A *>(sample) + c0 * p, p, tile, p);
+                transpose_in(reinterpret_cast<const A *>(sample) + c0 * p, p, tile, p, step);
                 return;
             }
         }
@@ -227,25 +228,25 @@ static inline void load_tile(const T *sample, const Tensor &t, Layout layout, in
     }
     for (int64_t q = count * p; q < V * p; ++q)
         rows[q] = 0;
-    transpose_in(rows, p, tile, p);
+    transpose_in(rows, p, tile, p, step);
 }
 
 template <class T, class A>
 static inline void store_tile(const A *tile, T *sample, const Tensor &t, Layout layout, int64_t c0, int count,
-                              int64_t c, int64_t h, int64_t w, A *rows) {
+                              int64_t c, int64_t h, int64_t w, A *rows, int64_t step = V) {
     const int64_t p = h * w;
     if (layout == Layout::channels_last) {
         for (int64_t q = 0; q < p; ++q)
-            narrow_row(tile + q * V, sample + q * c + c0, count);
+            narrow_row(tile + q * step, sample + q * c + c0, count);
         return;
     }
     if constexpr (sizeof(T) == sizeof(A)) {
         if (layout == Layout::rows && count == V) {
-            transpose_out(tile, reinterpret_cast<A *>(sample) + c0 * p, p, p);
+            transpose_out(tile, reinterpret_cast<A *>(sample) + c0 * p, p, p, step);
             return;
         }
     }
-    transpose_out(tile, rows, p, p);
+    transpose_out(tile, rows, p, p, step);
     if (layout == Layout::rows) {
         narrow_row(rows, sample + c0 * p, count * p);
         return;

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from m3em_fast.ops._cpu import arg, args, empty_beside, gradient_of
 from m3em_fast.ops._function import Kernels, Op, Tensors
 
 _OP = "gated_projection"
-_FOLDED_BYTES = 4 << 20
 
 
 def gated_projection(x: Tensor, gates: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -74,84 +72,53 @@ def _reference(options: tuple, tensors: Tensors) -> Tensor:
     return reference.gated_projection(x, gates, weight, bias)
 
 
-def _samples(weight: Tensor, channels: int) -> int:
-    """How many samples share one call of the matrix product: as many as keep the folded weights in the cache."""
-    return max(1, min(64, _FOLDED_BYTES // (4 * weight.shape[0] * channels)))
-
-
-def _as_matrices(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Samples (M,C,H,W) of any strides as matrices (M,C,H*W); a view where their memory allows one."""
-    return x.to(dtype).flatten(2)
+def _work(x: Tensor, gates: Sequence[Tensor], weight: Tensor, backward: bool) -> Tensor:
+    """Memory in which the kernels lay out the weights and the gates anew."""
+    n, c = x.shape[:2]
+    size = native.gated_projection_work(arg(weight), n, c, weight.shape[0], len(gates), backward)
+    return torch.empty(size, dtype=reference.accumulation_dtype(weight.dtype))
 
 
 def _cpu_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor, Sequence[Tensor]]:
     x, *gates, weight, bias = tensors
-    (n, c), d = x.shape[:2], weight.shape[0]
-    acc = reference.accumulation_dtype(x.dtype)
-    out = empty_beside(x, d, weight.dtype)
-    samples, threads = _samples(weight, c), torch.get_num_threads()
-    matrix = torch.empty((min(samples, n), d, c), dtype=acc)
-    add = None if bias is None else bias.to(acc)[None, :, None]
-    with _full_precision():
-        for first in range(0, n, samples):
-            part = x[first : first + samples]
-            m = len(part)
-            native.gated_projection_fold(arg(weight), args(gates), matrix.data_ptr(), d, c, first, m, threads)
-            product = torch.bmm(matrix[:m], _as_matrices(part, acc))
-            if add is not None:
-                product += add
-            out[first : first + m] = product.unflatten(2, x.shape[2:])
+    out = empty_beside(x, weight.shape[0], weight.dtype)
+    work = _work(x, gates, weight, False)
+    native.gated_projection_forward(
+        arg(x),
+        args(gates),
+        arg(weight),
+        arg(bias),
+        arg(out),
+        work.data_ptr(),
+        x.shape,
+        weight.shape[0],
+        torch.get_num_threads(),
+    )
     return out, ()
 
 
 def _cpu_backward(
     options: tuple, grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: Sequence[bool]
 ) -> Sequence[Tensor | None]:
-    x, *gates, weight, bias = tensors
-    (n, c), d = x.shape[:2], weight.shape[0]
-    acc = reference.accumulation_dtype(x.dtype)
-    grad_x = gradient_of(x, needs[0])
-    grad_gates = [gradient_of(gate, need) for gate, need in zip(gates, needs[1:-2], strict=True)]
-    grad_weight = torch.zeros(weight.shape, dtype=acc) if needs[-2] else None
-    grad_bias = torch.zeros(d, dtype=acc) if needs[-1] else None
-    unfolds = grad_weight is not None or any(g is not None for g in grad_gates)
-    samples, threads = _samples(weight, c), torch.get_num_threads()
-    matrix = torch.empty((min(samples, n), d, c), dtype=acc)
-    with _full_precision():
-        for first in range(0, n, samples):
-            part = _as_matrices(grad[first : first + samples], acc)
-            m = len(part)
-            if grad_x is not None:
-                native.gated_projection_fold(arg(weight), args(gates), matrix.data_ptr(), d, c, first, m, threads)
-                # The transposed product and a copy take three quarters of the time of the product itself.
-                product = torch.bmm(part.transpose(1, 2), matrix[:m]).transpose(1, 2)
-                grad_x[first : first + m] = product.unflatten(2, x.shape[2:])
-            if unfolds:
-                torch.bmm(part, _as_matrices(x[first : first + m], acc).transpose(1, 2), out=matrix[:m])
-                native.gated_projection_unfold(
-                    arg(weight),
-                    args(gates),
-                    matrix.data_ptr(),
-                    0 if grad_weight is None else grad_weight.data_ptr(),
-                    args(grad_gates),
-                    d,
-                    c,
-                    first,
-                    m,
-                    threads,
-                )
-            if grad_bias is not None:
-                grad_bias += part.sum((0, 2))
-    if grad_weight is not None:
-        grad_weight = grad_weight.to(weight.dtype)
-    if grad_bias is not None:
-        grad_bias = grad_bias.to(bias.dtype)
-    return (grad_x, *grad_gates, grad_weight, grad_bias)
-
-
-def _full_precision() -> AbstractContextManager:
-    """Autocast would round the operands of the matrix products, which are in the accumulation type on purpose."""
-    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+    x, *gates, weight, _ = tensors
+    grads = [gradient_of(t, need) for t, need in zip(tensors, needs, strict=True)]
+    grad_x, *grad_gates, grad_weight, grad_bias = grads
+    work = _work(x, gates, weight, True)
+    native.gated_projection_backward(
+        arg(x),
+        args(gates),
+        arg(weight),
+        arg(grad),
+        arg(grad_x),
+        args(grad_gates),
+        arg(grad_weight),
+        arg(grad_bias),
+        work.data_ptr(),
+        x.shape,
+        weight.shape[0],
+        torch.get_num_threads(),
+    )
+    return grads
 
 
 def _reads(needs: Sequence[bool]) -> Sequence[bool]:
