@@ -214,29 +214,21 @@ void consensus_pool_backward(const py::object &x, const py::object &cmap, const 
 }
 
 m3em::GatedProjection gated_projection(const py::object &x, const py::object &weight, const Shape &shape, int64_t d,
-                                       int num_gates, uintptr_t work, int threads) {
+                                       int num_gates, int threads) {
     m3em::GatedProjection o;
     o.x = tensor(x);
     o.weight = tensor(weight);
     o.n = shape[0], o.c = shape[1], o.h = shape[2], o.w = shape[3], o.d = d;
     o.num_gates = num_gates;
-    o.dtype = o.weight.dtype == m3em::Dtype::f64 ? m3em::Dtype::f64 : m3em::Dtype::f32;
-    o.work = address(work);
     o.threads = m3em::usable_threads(threads);
     return o;
 }
 
-int64_t gated_projection_work(const py::object &weight, int64_t n, int64_t c, int64_t d, int num_gates, bool backward) {
-    const Shape shape = {n, c, 1, 1};
-    return m3em::kernels().gated_projection_work(gated_projection(py::none(), weight, shape, d, num_gates, 0, 1),
-                                                 backward);
-}
-
 void gated_projection_forward(const py::object &x, const py::tuple &gates, const py::object &weight,
-                              const py::object &bias, const py::object &out, uintptr_t work, const Shape &shape,
-                              int64_t d, int threads) {
+                              const py::object &bias, const py::object &out, const Shape &shape, int64_t d,
+                              int threads) {
     const std::vector<m3em::Tensor> all = tensors(gates);
-    m3em::GatedProjection o = gated_projection(x, weight, shape, d, int(all.size()), work, threads);
+    m3em::GatedProjection o = gated_projection(x, weight, shape, d, int(all.size()), threads);
     o.gates = all.data();
     o.bias = tensor(bias);
     o.out = tensor(out);
@@ -247,10 +239,10 @@ void gated_projection_forward(const py::object &x, const py::tuple &gates, const
 
 void gated_projection_backward(const py::object &x, const py::tuple &gates, const py::object &weight,
                                const py::object &grad_out, const py::object &grad_x, const py::tuple &grad_gates,
-                               const py::object &grad_weight, const py::object &grad_bias, uintptr_t work,
-                               const Shape &shape, int64_t d, int threads) {
+                               const py::object &grad_weight, const py::object &grad_bias, const Shape &shape,
+                               int64_t d, int threads) {
     const std::vector<m3em::Tensor> all = tensors(gates), grads = tensors(grad_gates);
-    m3em::GatedProjection o = gated_projection(x, weight, shape, d, int(all.size()), work, threads);
+    m3em::GatedProjection o = gated_projection(x, weight, shape, d, int(all.size()), threads);
     o.gates = all.data();
     o.grad_gates = grads.data();
     o.grad_out = tensor(grad_out);
@@ -279,7 +271,6 @@ PYBIND11_MODULE(_C, module) {
     module.def("consensus_map_backward", &consensus_map_backward);
     module.def("consensus_pool_forward", &consensus_pool_forward);
     module.def("consensus_pool_backward", &consensus_pool_backward);
-    module.def("gated_projection_work", &gated_projection_work);
     module.def("gated_projection_forward", &gated_projection_forward);
     module.def("gated_projection_backward", &gated_projection_backward);
 }

@@ -2,12 +2,14 @@
 numbers, means that are much larger than the deviations, and results that must not change from run to run."""
 
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
 
-from m3em_fast import ops
+import m3em_fast
+from m3em_fast import backends, ops
 from op_cases import CALLS, DTYPES, FULL_CALLS, HALF, Call, check, generator, random_grad, random_tensors
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -270,3 +272,47 @@ def test_results_do_not_share_memory(backend):
         out = call(*tensors)
         assert out.untyped_storage().data_ptr() not in [tensor.untyped_storage().data_ptr() for tensor in tensors]
         assert np.shares_memory(out.numpy(), tensors[0].numpy()) is False
+
+
+LARGE = [Call("channel_gate", gates=1)] + [
+    call for call in FULL_CALLS if call.op in ("consensus_map", "consensus_pool")
+]
+LARGE += [Call("gated_projection", gates=1)]
+
+
+def free_bytes():
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return 0
+
+
+@pytest.mark.parametrize("name", [name for name in backends.available() if name != "reference"])
+@pytest.mark.parametrize("call", LARGE, ids=str)
+def test_more_elements_than_32_bits_can_count(name, call):
+    """Zeros but for the first and the last clip, which have to come out as they do alone."""
+    n, shape = 2**31 // (512 * 64) + 2, (512, 8, 8)
+    needed = 2 * n * math.prod(shape) * 2  # a result and a gradient; zeros that are only read take none
+    if free_bytes() < 1.5 * needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of memory, {free_bytes() / 2**30:.0f} are free")
+    ends = random_tensors(call, 2, *shape, torch.float16, d=1)
+    tensors = []
+    for end in ends:
+        if len(end) == 2:  # one row a clip
+            # numpy's zeros take no memory until they are written to.
+            whole = torch.from_numpy(np.zeros((n, *end.shape[1:]), dtype=np.float16))
+            whole[0], whole[-1] = end
+            tensors.append(whole)
+        else:
+            tensors.append(end)
+    with m3em_fast.backend(name):
+        out = call(*tensors)
+        assert torch.equal(out[[0, -1]], call(*ends))
+        gradients = []
+        for x, *others in (tensors, ends):
+            out = call(x.requires_grad_(), *others)
+            (gradient,) = torch.autograd.grad(out, x, torch.ones((), dtype=out.dtype).expand(out.shape))
+            gradients.append(gradient[[0, -1]])
+            del out, gradient
+        assert torch.equal(*gradients)
+        assert gradients[0].any()

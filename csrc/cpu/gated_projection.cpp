@@ -24,29 +24,23 @@ static inline int64_t up(int64_t count, int64_t to) { return (count + to - 1) / 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// The parts of the workspace, all in the accumulation type.
+// Weights and gates laid out anew, in the accumulation type.
 template <class A>
 struct Work {
     static constexpr int64_t W = Block<A>::W;
-    int64_t strips, panel; // panels of W columns; numbers of one of them
-    int64_t pitch;         // of a row of gates
-    int64_t size;          // of all parts together
-    A *weights = nullptr;  // forward: [gate][strip of D][C][W]; backward: [gate][strip of C][D][W]
-    A *gates = nullptr;    // [sample][gate][pitch], zeros behind C
-    A *grads = nullptr;    // backward: like the weights
+    const int64_t strips, panel; // panels of W columns; numbers of one of them
+    const int64_t pitch;         // of a row of gates
+    Scratch memory;
+    A *const weights; // forward: [gate][strip of D][C][W]; backward: [gate][strip of C][D][W]
+    A *const grads;   // backward: like the weights
+    A *const gates;   // [sample][gate][pitch], zeros behind C
 
-    Work(const GatedProjection &o, bool backward) {
-        strips = up(backward ? o.c : o.d, W);
-        panel = (backward ? o.d : o.c) * W;
-        pitch = up(o.c, W) * W;
-        const int64_t all = o.num_gates * strips * panel;
-        size = all * (backward ? 2 : 1) + o.n * o.num_gates * pitch;
-        if (!o.work)
-            return;
-        weights = static_cast<A *>(o.work);
-        gates = weights + all;
-        grads = gates + o.n * o.num_gates * pitch;
-    }
+    Work(const GatedProjection &o, bool backward)
+        : strips(up(backward ? o.c : o.d, W)), panel((backward ? o.d : o.c) * W), pitch(up(o.c, W) * W),
+          memory(int64_t(sizeof(A)) * o.num_gates * (strips * panel * (backward ? 2 : 1) + o.n * pitch) + 3 * 64),
+          weights(memory.take<A>(o.num_gates * strips * panel)),
+          grads(memory.take<A>(backward ? o.num_gates * strips * panel : 0)),
+          gates(memory.take<A>(o.n * o.num_gates * pitch)) {}
     A *weights_at(int g, int64_t strip) const { return weights + (g * strips + strip) * panel; }
     A *grads_at(int g, int64_t strip) const { return grads + (g * strips + strip) * panel; }
     const A *gate(const GatedProjection &o, int64_t n, int g) const { return gates + (n * o.num_gates + g) * pitch; }
@@ -147,23 +141,23 @@ template <class A>
 void project(const GatedProjection &o, const Work<A> &work, bool backward, const Tensor &in, int64_t depth,
              const Tensor &out, int64_t columns) {
     constexpr int64_t W = Block<A>::W;
-    const int64_t p = o.h * o.w, group = most(1, least(Group, Group * 49 / p));
-    const int64_t per_task = most(1, least(Columns, Columns * Group * 49 / (group * p)) / W);
+    const int64_t p = o.h * o.w, group = most(1, least(least(Group, Group * 49 / p), o.n));
+    const int64_t per_task = most(1, least(least(Columns, Columns * Group * 49 / (group * p)) / W, work.strips));
     const int64_t groups = up(o.n, group), blocks = up(work.strips, per_task);
     const Layout layout = layout_of(out, columns, o.h, o.w);
-    const int64_t numbers = group * per_task * p * W + Depth * W + group * Depth * p + V * p;
+    const int64_t numbers = group * per_task * p * W + Depth * W + group * least(Depth, depth) * p + V * p;
     for_each(groups * blocks, o.threads, int64_t(sizeof(A)) * numbers + 4 * 64, [&](Scratch &scratch, int64_t task) {
         const int64_t s0 = task / groups * per_task, n0 = task % groups * group;
         const int64_t strips = least(per_task, work.strips - s0), samples = least(group, o.n - n0);
         A *sums = scratch.take<A>(group * per_task * p * W);
         A *panel = scratch.take<A>(Depth * W);
-        A *room = scratch.take<A>(group * Depth * p);
+        A *room = scratch.take<A>(group * least(Depth, depth) * p);
         A *rows = scratch.take<A>(V * p);
         for (int64_t k0 = 0; k0 < depth; k0 += Depth) {
             const int64_t count = least(Depth, depth - k0);
             Operand<A> operands[Group];
             for (int64_t i = 0; i < samples; ++i)
-                operands[i] = operand(in, n0 + i, k0, count, depth, o.h, o.w, room + i * Depth * p);
+                operands[i] = operand(in, n0 + i, k0, count, depth, o.h, o.w, room + i * least(Depth, depth) * p);
             for (int64_t s = 0; s < strips; ++s)
                 for (int64_t i = 0; i < samples; ++i) {
                     fold(o, work, backward, n0 + i, s0 + s, k0, count, panel);
@@ -316,14 +310,11 @@ void backward(const GatedProjection &o) {
 
 } // namespace
 
-int64_t gated_projection_work(const GatedProjection &o, bool backward) {
-    return o.dtype == Dtype::f64 ? Work<double>(o, backward).size : Work<float>(o, backward).size;
-}
 void gated_projection_forward(const GatedProjection &o) {
-    o.dtype == Dtype::f64 ? forward<double>(o) : forward<float>(o);
+    o.weight.dtype == Dtype::f64 ? forward<double>(o) : forward<float>(o);
 }
 void gated_projection_backward(const GatedProjection &o) {
-    o.dtype == Dtype::f64 ? backward<double>(o) : backward<float>(o);
+    o.weight.dtype == Dtype::f64 ? backward<double>(o) : backward<float>(o);
 }
 
 } // namespace M3EM_ISA

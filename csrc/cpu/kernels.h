@@ -66,8 +66,6 @@ struct GatedProjection {
     const Tensor *grad_gates = nullptr; // like the gates
     Tensor grad_weight;                 // like the weight
     Tensor grad_bias;                   // like the bias
-    void *work = nullptr;               // as many numbers of the accumulation type as gated_projection_work says
-    Dtype dtype = Dtype::f32;           // accumulation type
     int num_gates = 1;
     int64_t n = 0, c = 0, h = 0, w = 0, d = 0;
     int threads = 1;
@@ -81,7 +79,6 @@ struct GatedProjection {
     void consensus_map_backward(const ConsensusMap &);                                                                 \
     void consensus_pool_forward(const ConsensusPool &);                                                                \
     void consensus_pool_backward(const ConsensusPool &);                                                               \
-    int64_t gated_projection_work(const GatedProjection &, bool backward);                                             \
     void gated_projection_forward(const GatedProjection &);                                                            \
     void gated_projection_backward(const GatedProjection &);                                                           \
     }
@@ -101,7 +98,6 @@ struct Kernels {
     void (*consensus_map_backward)(const ConsensusMap &);
     void (*consensus_pool_forward)(const ConsensusPool &);
     void (*consensus_pool_backward)(const ConsensusPool &);
-    int64_t (*gated_projection_work)(const GatedProjection &, bool backward);
     void (*gated_projection_forward)(const GatedProjection &);
     void (*gated_projection_backward)(const GatedProjection &);
 };

@@ -11,30 +11,48 @@ from torch import Tensor
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-def arg(x: Tensor | None) -> tuple | None:
+def arg(x: Tensor | Form | None) -> tuple | None:
     """A tensor as the kernels take it; None for one that is not there or not wanted."""
     return None if x is None else (x.data_ptr(), DTYPES[x.dtype], x.stride())
 
 
-def args(tensors: Sequence[Tensor | None]) -> tuple:
+class Form:
+    """What is left of an input that a backward does not read: enough to make memory for its gradient."""
+
+    __slots__ = ("channels_last", "device", "dtype", "shape", "strides")
+
+    def __init__(self, x: Tensor) -> None:
+        self.shape, self.dtype, self.device, self.strides = x.shape, x.dtype, x.device, x.stride()
+        self.channels_last = x.dim() == 4 and is_channels_last(x)
+
+    def stride(self) -> tuple[int, ...]:
+        return self.strides
+
+    def data_ptr(self) -> int:
+        return 0
+
+
+def args(tensors: Sequence[Tensor | Form | None]) -> tuple:
     return tuple([arg(x) for x in tensors])
 
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether results beside x (N,C,H,W) are to be channels_last; a tensor that is both is row-major."""
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def empty_beside(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """Memory for a result (N,channels,H,W) in the memory format of x."""
-    shape = (x.shape[0], channels, x.shape[2], x.shape[3])
+    n, _, h, w = x.shape
     if is_channels_last(x):
-        return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
-    return torch.empty(shape, dtype=dtype)
+        return torch.empty((n, channels, h, w), dtype=dtype, memory_format=torch.channels_last)
+    return torch.empty((n, channels, h, w), dtype=dtype)
 
 
-def gradient_of(x: Tensor | None, needed: bool) -> Tensor | None:
+def gradient_of(x: Tensor | Form | None, needed: bool) -> Tensor | None:
     """Memory for the gradient of x (any rank), without the gaps that x may have; None where none is needed."""
     if x is None or not needed:
         return None
-    return empty_beside(x, x.shape[1], x.dtype) if x.dim() == 4 else torch.empty(x.shape, dtype=x.dtype)
+    if x.channels_last if isinstance(x, Form) else x.dim() == 4 and is_channels_last(x):
+        return torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+    return torch.empty(x.shape, dtype=x.dtype)
