@@ -2,23 +2,34 @@
 
 ``auto`` takes the fastest that can serve the call; a backend chosen by name serves it or raises with its reason. The
 choice is made by ``m3em_fast.backend("cpu")`` around a block, by the environment variable M3EM_BACKEND for the whole
-process, and else it is ``auto``. Under ``torch.compile`` and ``torch.export`` the reference is traced, whatever is
-chosen.
+process (read when the package is imported), and else it is ``auto``.
+
+Under ``torch.compile`` and ``torch.export`` the choice is made once, while the call is traced, from what is in force
+around the first call of the compiled function or around the export; the program keeps it. An op is then one node of the
+graph, ``m3em_fast::_<op>``, and the program needs this package wherever it runs; traced under the reference, it holds
+torch's own operators alone.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+Function = TypeVar("Function", bound=Callable)
 
 native: Any
 try:
@@ -39,6 +50,12 @@ BACKENDS = ("cpu", "reference")
 
 class BackendError(RuntimeError):
     """A backend chosen by name cannot serve the call; the message says why."""
+
+
+# Read once, for a look into the environment costs a microsecond a call.
+_default = os.environ.get("M3EM_BACKEND") or "auto"
+_peek_transform = torch._C._functorch.peek_interpreter_stack
+_count_modes = torch._C._len_torch_dispatch_stack
 
 
 def _checked(name: str, origin: str) -> str:
@@ -66,7 +83,8 @@ def backend(name: str) -> Iterator[None]:
 
 def current() -> str:
     """The name in force here: of the innermost block, else of M3EM_BACKEND, else ``"auto"``."""
-    return _chosen.get() or _checked(os.environ.get("M3EM_BACKEND", "auto") or "auto", "M3EM_BACKEND")
+    chosen = _chosen.get() or _default
+    return chosen if chosen == "auto" else _checked(chosen, "M3EM_BACKEND")
 
 
 def available() -> tuple[str, ...]:
@@ -74,51 +92,119 @@ def available() -> tuple[str, ...]:
     return BACKENDS if native is not None else ("reference",)
 
 
+def _constant(function: Function) -> Function:
+    """Have torch.compile call a function of constants while it traces, and keep the answer.
+
+    This is what ``torch.compiler.assume_constant_result`` does, but for the import of the whole compiler (a second) in
+    every process that imports this module.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
+def under_vmap() -> bool:
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
+def missing(name: str, op: str, kernels: Collection[str]) -> str | None:
+    """Why a backend can serve no call of an op on this machine; None where it can serve some."""
+    if name not in kernels:
+        return f"it has no kernel for {op}"
+    if native is None:
+        return f"the compiled kernels are not there: {_MISSING}"
+    return None
+
+
+def _unfit(t: Tensor) -> str | None:
+    """Why a tensor is none that kernels take, real or not. torch.compile traces this function."""
+    kind = type(t)
+    if kind is not Tensor and kind is not Parameter and kind is not FakeTensor and kind is not FunctionalTensor:
+        return f"it takes plain tensors, not {kind.__name__}"
+    if t.device.type not in ("cpu", "meta"):
+        return f"it takes CPU tensors, not tensors on {t.device}"
+    return None
+
+
+def _examine(tensors: Sequence[Tensor | None]) -> tuple[str | None, bool]:
+    """Why kernels cannot serve a call here (None: they can), and whether they are reached through the registered op."""
+    registered = False
+    if _peek_transform() is not None:
+        return "a transform of torch.func needs an op that it can look into", False
+    if _count_modes() > 0:
+        tracers: tuple[type, ...] = (FakeTensorMode,)
+        if torch.compiler.is_compiling():
+            tracers = (FakeTensorMode, FunctionalTensorMode, ProxyTorchDispatchMode)
+        if not all(isinstance(mode, tracers) for mode in _get_current_dispatch_mode_stack()):
+            return "a dispatch mode is active, and it would not see the kernel", False
+        registered = True
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active", False
+    for t in tensors:
+        if t is None:
+            continue
+        kind = type(t)
+        if (kind is Tensor or kind is Parameter) and t.is_cpu:
+            if t.is_neg():
+                return "a tensor is the negative view of another one", False
+            continue
+        reason = _unfit(t)
+        if reason is not None:
+            return reason, False
+        registered = True
+    return None, registered
+
+
 def refusal(name: str, op: str, tensors: Sequence[Tensor | None]) -> str | None:
     """Why a backend cannot serve a call of an op on these tensors; None where it can."""
     if name == "reference":
         return None
-    if native is None:
-        return f"the compiled kernels are not there: {_MISSING}"
-    if torch.compiler.is_compiling():
-        return "torch.compile and torch.export trace the reference"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a transform of torch.func needs an op that it can look into"
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return "a dispatch mode is active, and it would not see the kernel"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
-    for t in tensors:
-        if t is None:
-            continue
-        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
-            return f"it takes plain tensors, not {type(t).__name__}"
-        if t.device.type != "cpu":
-            return f"it takes CPU tensors, not tensors on {t.device}"
-        if t.is_neg():
-            return "a tensor is the negative view of another one"
-    return None
+    return missing(name, op, BACKENDS) or _examine(tensors)[0]
 
 
-def choose(op: str, kernels: Collection[str], tensors: Sequence[Tensor | None]) -> str:
-    """The backend for a call of an op that has kernels in some backends.
+def choose(op: str, kernels: Collection[str], tensors: Sequence[Tensor | None]) -> tuple[str, bool]:
+    """The backend for a call of an op that has kernels in some backends, and whether the registered op leads there.
 
     Raises:
         BackendError: the backend chosen by name cannot serve the call.
     """
     if torch.compiler.is_compiling():
-        # The tracer cannot read a context variable, and there is one answer only.
-        return "reference"
+        unfit = None
+        for t in tensors:
+            if t is not None and unfit is None:
+                unfit = _unfit(t)
+        backend, refused = _choose_at_trace_time(op, tuple(kernels), unfit)
+        if refused is not None:
+            raise BackendError(refused)
+        return backend, True
+    return _choose(op, kernels, tensors, None)
+
+
+def _choose(op: str, kernels: Collection[str], tensors: Sequence[Tensor | None], unfit: str | None) -> tuple[str, bool]:
     wanted = current()
     for name in BACKENDS if wanted == "auto" else (wanted,):
         if name == "reference":
-            return name
-        reason = refusal(name, op, tensors) if name in kernels else f"it has no kernel for {op}"
+            break
+        reason = unfit if native is not None and name in kernels else missing(name, op, kernels)
+        registered = False
         if reason is None:
-            return name
+            reason, registered = _examine(tensors)
+        if reason is None:
+            return name, registered
         if wanted != "auto":
             raise BackendError(f"{op}: backend {name} cannot serve this call: {reason}")
-    return "reference"
+    return "reference", False
+
+
+@_constant
+def _choose_at_trace_time(op: str, kernels: tuple[str, ...], unfit: str | None) -> tuple[str, str | None]:
+    """The backend, or why the one chosen by name cannot serve the call. The tracer can read neither a context variable
+    nor the state of transforms."""
+    try:
+        return _choose(op, kernels, (), unfit)[0], None
+    except BackendError as error:
+        return "", str(error)
 
 
 def explain(op: str, *arguments: Any) -> str:

@@ -53,10 +53,16 @@ def _commit() -> str | None:
 
 
 def _backends() -> dict[str, Any]:
-    """What serves the ops: the choice in force, what is available, and why the rest is not."""
+    """What serves the ops: the choice in force, whom it means for which tensors, what is available, and why the rest
+    is not."""
+    import torch
+
     from m3em_fast import backends
 
     found: dict[str, Any] = {"in force": backends.current(), "available": list(backends.available())}
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        said = backends.explain("consensus_map", torch.empty(0, device=device))
+        found[f"serves {device} tensors"] = re.findall(r"is served by (\w+)", said)[0]
     if backends.native is not None:
         found["cpu instruction set"] = backends.native.isa()
     for name in backends.BACKENDS:

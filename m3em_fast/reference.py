@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3em_fast.backends import under_vmap
+
 __all__ = [
     "channel_gate",
     "consensus_map",
@@ -39,11 +41,10 @@ def num_scales_limit(height: int, width: int) -> int:
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    try:
-        channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    except RuntimeError:  # under vmap a tensor has no memory format but the default one
+    if under_vmap():  # there a tensor does not answer questions about memory formats
         return torch.contiguous_format
-    return torch.channels_last if channels_last and not x.is_contiguous() else torch.contiguous_format
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _gated(x: Tensor, gates: Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 # Plain asserts in these helpers are to show the values, as those in tests do.
-pytest.register_assert_rewrite("exact", "op_cases")
+pytest.register_assert_rewrite("exact", "library_cases", "op_cases")
 
 import m3em_fast  # noqa: E402
 
@@ -45,6 +45,15 @@ def backend(request):
             yield request.param
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
+def kernels(request):
+    """A backend with kernels, chosen by name, and a compiler that has seen nothing yet: a call that the backend cannot
+    serve raises, and is not served by another one."""
+    torch.compiler.reset()
+    with m3em_fast.backend(request.param):
+        yield request.param
 
 
 @pytest.fixture

@@ -153,21 +153,26 @@ def test_without_the_extension_the_reference_serves_and_a_choice_by_name_says_wh
         ops.consensus_pool(x)
 
 
+class Tagged(torch.Tensor):
+    """A tensor subclass."""
+
+
 def test_explain_says_what_serves_a_call_and_why_the_others_do_not():
     a = torch.randn(2, 3, 4, 4)
     assert m3em_fast.explain("consensus_map", a, a).splitlines() == [
         f"consensus_map is served by cpu ({backends.native.isa()}).",
         "reference: slower",
     ]
-    on_meta = m3em_fast.explain("channel_gate", a.to("meta"), [a[:, :, 0, 0].to("meta")])
-    assert on_meta.splitlines() == [
+    assert m3em_fast.explain("consensus_pool", a.to("meta")).startswith("consensus_pool is served by cpu")
+    tagged = m3em_fast.explain("channel_gate", a.as_subclass(Tagged), [a[:, :, 0, 0]])
+    assert tagged.splitlines() == [
         "channel_gate is served by reference.",
-        "cpu: it takes CPU tensors, not tensors on meta",
+        "cpu: it takes plain tensors, not Tagged",
     ]
     with m3em_fast.backend("reference"):
         assert "cpu: backend reference is chosen by name" in m3em_fast.explain("consensus_map", a, a)
     with m3em_fast.backend("cpu"):
-        assert "is served by none" in m3em_fast.explain("consensus_map", a.to("meta"), a.to("meta"))
+        assert "is served by none" in m3em_fast.explain("consensus_map", a, a.as_subclass(Tagged))
     with pytest.raises(ValueError, match=r"explain: op must be one of channel_gate.*got 'conv2d'"):
         m3em_fast.explain("conv2d", a)
 

@@ -218,9 +218,11 @@ def test_environment_report_of_this_checkout():
     assert found["torch"]["version"] == importlib.metadata.version("torch")
     assert found["libraries"]["numpy"] == importlib.metadata.version("numpy")
     assert found["variables"]["M3EM_BACKEND"] == "reference"
+    assert found["backends"]["serves cpu tensors"] == "reference"
 
     text = run(sys.executable, "-m", "m3em_fast.env", cwd=ROOT)
     assert re.search(rf"^  version +{re.escape(version())}$", text, re.MULTILINE)
+    assert re.search(r"^  serves cpu tensors +cpu$", text, re.MULTILINE)
     assert str(Path.home()) + os.sep not in text
 
 

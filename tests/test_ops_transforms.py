@@ -1,5 +1,5 @@
-"""The ops under everything that PyTorch can put around a function: autocast, vmap, torch.func, the meta device, modes
-that watch every operator, and torch.compile."""
+"""The ops under what PyTorch can put around a function: autocast, vmap, torch.func, the meta device, modes that watch
+every operator. What a compiler does with them is in test_ops_compile.py."""
 
 import numpy as np
 import pytest
@@ -263,7 +263,6 @@ def test_a_backend_chosen_by_name_says_why_it_cannot_serve_a_call(kernels, call)
             (transform, lambda: torch.vmap(call)(*[tensor[None] for tensor in tensors])),
             (transform, lambda: torch.func.grad(lambda *inputs: call(*inputs).sum())(*tensors)),
             (transform, lambda: torch.func.jvp(call, tuple(tensors), tuple(tensors))),
-            ("tensors on meta", lambda: call(*map(on_meta, tensors))),
             ("not Tagged", lambda: call(*tagged)),
         ]:
             with pytest.raises(
@@ -272,28 +271,3 @@ def test_a_backend_chosen_by_name_says_why_it_cannot_serve_a_call(kernels, call)
                 attempt()
         with FlopCounterMode(display=False), pytest.raises(BackendError, match="dispatch mode"):
             call(*tensors)
-
-
-# --------------------------------------------------------------------------------------------- torch.compile
-
-
-# Pooling windows that overlap (5 -> 2) have been the compiler's undoing. One scale of them is enough of a wait.
-COMPILED = [call for call in FULL_CALLS if call.op != "consensus_map"] + [
-    Call("consensus_map", options={"num_scales": 2})
-]
-
-
-@pytest.mark.parametrize("call", COMPILED, ids=str)
-def test_compiled(automatic, call):
-    """As one graph, forward and backward. Other code may be generated for the same sums, so the bits may differ."""
-    torch.compiler.reset()
-    tensors = random_tensors(call, 2, 8, 5, 5, torch.float32)
-    compiled = torch.compile(lambda *inputs: call(*inputs), fullgraph=True)
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    out = compiled(*leaves)
-    assert_same_form(out, call(*tensors))
-    assert_exact(call, out, tensors)
-    grad = random_grad(out)
-    found = torch.autograd.grad(out, leaves, grad)
-    for gradient, expected in zip(found, call.exact_gradients(tensors, grad), strict=True):
-        exact.assert_close(gradient, expected.value, exact.bound(expected, torch.float32, torch.float32), str(call))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from m3em_fast import backends
+from m3em_fast.ops._cpu import Form
+from m3em_fast.ops._library import Registered
 
 # A tuple of tensors in the order of the op's signature, None for an optional one that is not given. Typed as Any, for
 # a checker cannot know which of them may be None.
@@ -25,11 +27,14 @@ class Kernels:
             where ``saves`` is False).
         backward: (options, gradient, tensors, saved, needs) -> one gradient for every tensor, None where ``needs`` is
             False. The gradient may come with any strides, 0 included. In the place of an input that is not read there
-            stands a tensor of its form without memory.
+            stands its :class:`Form`, without memory.
+        form: (options, tensors) -> what a forward that saves returns, in memory that nothing is written to. For meta
+            and fake tensors, so without a look at values or addresses.
     """
 
     forward: Callable[[tuple, Tensors, bool], tuple[Tensor, Sequence[Tensor]]]
     backward: Callable[[tuple, Tensor, Tensors, Sequence[Tensor], Sequence[bool]], Sequence[Tensor | None]]
+    form: Callable[[tuple, Tensors], tuple[Tensor, Sequence[Tensor]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,17 +46,26 @@ class Op:
         reads: needs -> which inputs the backward reads when it makes the needed gradients. The others are not kept:
             the op is linear in them, so that their values are in none of these gradients.
         kernels: backend -> kernels.
+        schema: arguments and results of the registered op ``m3em_fast::_<name>``: tensors (one list of them at most),
+            then the options, then ``str backend``; a tensor, or a tuple of the result and what a forward saves.
     """
 
     name: str
     reference: Callable[[tuple, Tensors], Tensor]
     reads: Callable[[Sequence[bool]], Sequence[bool]]
     kernels: Mapping[str, Kernels]
+    schema: str
+    registered: Registered = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "registered", Registered(self))
 
     def __call__(self, options: tuple, *tensors: Tensor | None) -> Tensor:
-        backend = backends.choose(self.name, self.kernels, tensors)
+        backend, registered = backends.choose(self.name, self.kernels, tensors)
         if backend == "reference":
             return self.reference(options, tensors)
+        if registered:
+            return self.registered(options, tensors, backend)
         if torch.is_grad_enabled():
             for t in tensors:
                 if t is not None and t.requires_grad:
@@ -62,21 +76,24 @@ class Op:
 class _Call:
     """What a backward has to know of its forward, besides the tensors that are saved."""
 
+    __slots__ = ("backend", "forms", "kept", "needs", "op", "options")
+
     def __init__(self, op: Op, options: tuple, backend: str, tensors: Tensors, needs: Sequence[bool]) -> None:
         self.op, self.options, self.backend, self.needs = op, options, backend, needs
-        reads = op.reads(needs)
-        self.kept = [t is not None and read for t, read in zip(tensors, reads, strict=True)]
-        # Of an input that is not kept, only its form.
-        self.forms = [
-            None if t is None or keep else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-            for t, keep in zip(tensors, self.kept, strict=True)
-        ]
+        self.kept = [t is not None and read for t, read in zip(tensors, op.reads(needs), strict=True)]
+        self.forms = [None if t is None or keep else Form(t) for t, keep in zip(tensors, self.kept, strict=True)]
 
     def inputs(self, saved: Sequence[Tensor]) -> tuple[list, Sequence[Tensor]]:
         """The inputs, forms in the place of those not kept, and the rest of ``saved``."""
         rest = iter(saved)
         tensors = [next(rest) if keep else form for keep, form in zip(self.kept, self.forms, strict=True)]
         return tensors, list(rest)
+
+    def backward(self, grad: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        inputs, extra = self.inputs(saved)
+        if grad._is_zerotensor():  # it has a shape but no memory
+            grad = grad.clone()
+        return tuple(self.op.kernels[self.backend].backward(self.options, grad, tuple(inputs), extra, self.needs))
 
 
 class _Apply(torch.autograd.Function):
@@ -86,14 +103,16 @@ class _Apply(torch.autograd.Function):
         # The backward may run in another thread, with another choice of backends in force: this one is kept.
         ctx.call = call = _Call(op, options, backend, tensors, ctx.needs_input_grad[3:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*(t for t, keep in zip(tensors, call.kept, strict=True) if keep), *extra)
+        ctx.save_for_backward(*[t for t, keep in zip(tensors, call.kept, strict=True) if keep], *extra)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         if grads[0] is None:
             return (None,) * len(ctx.needs_input_grad)
-        return (None, None, None, *_Backward.apply(ctx.call, grads[0], *ctx.saved_tensors))
+        if torch.is_grad_enabled():  # create_graph=True: this backward is to be differentiated itself
+            return (None, None, None, *_Backward.apply(ctx.call, grads[0], *ctx.saved_tensors))
+        return (None, None, None, *ctx.call.backward(grads[0], ctx.saved_tensors))
 
 
 class _Backward(torch.autograd.Function):
@@ -103,11 +122,8 @@ class _Backward(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, grad: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
         ctx.call = call
         ctx.set_materialize_grads(False)
-        inputs, extra = call.inputs(saved)
-        ctx.save_for_backward(grad, *saved[: len(saved) - len(extra)])
-        if grad._is_zerotensor():  # it has a shape but no memory
-            grad = grad.clone()
-        return tuple(call.op.kernels[call.backend].backward(call.options, grad, tuple(inputs), extra, call.needs))
+        ctx.save_for_backward(grad, *saved[: sum(call.kept)])
+        return call.backward(grad, saved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
@@ -121,7 +137,7 @@ class _Backward(torch.autograd.Function):
                 if keep:
                     inputs[i] = t.view_as(t)
                 elif t is not None:  # any value does, for the gradients do not depend on it
-                    stand_in = torch.zeros((), dtype=t.dtype, device=grad.device).expand(t.shape)
+                    stand_in = torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
                     inputs[i] = stand_in.requires_grad_(call.needs[i])
             wanted = [t for t, need in zip(inputs, call.needs, strict=True) if need]
             out = call.op.reference(call.options, tuple(inputs))

@@ -60,4 +60,10 @@ def _reads(needs: Sequence[bool]) -> Sequence[bool]:
     return (any(needs[1:]), *(needs[0],) * (len(needs) - 1))
 
 
-_op = Op("channel_gate", _reference, _reads, {"cpu": Kernels(_cpu_forward, _cpu_backward)})
+def _cpu_form(options: tuple, tensors: Tensors) -> tuple[Tensor, Sequence[Tensor]]:
+    x, *gates = tensors
+    return empty_beside(x, len(gates) * x.shape[1], x.dtype), ()
+
+
+_SCHEMA = "(Tensor x, Tensor[] gates, str backend) -> Tensor"
+_op = Op("channel_gate", _reference, _reads, {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form)}, _SCHEMA)

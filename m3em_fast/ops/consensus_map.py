@@ -44,7 +44,7 @@ def consensus_map(
     """
     _checks.tensor(_OP, "a", a, 4, "(N,D,H,W)")
     _checks.tensor(_OP, "b", b, 4, "(N,D,H,W)")
-    if b.dtype != a.dtype:
+    if b.dtype is not a.dtype:
         raise TypeError(
             f"{_OP}: b must have the dtype of a ({_checks.name_of(a.dtype)}), got {_checks.name_of(b.dtype)}"
         )
@@ -53,11 +53,12 @@ def consensus_map(
     _checks.same_device(_OP, "b", b, "a", a)
     if not isinstance(center, bool):
         raise TypeError(f"{_OP}: center must be True or False, got {center!r}")
-    if isinstance(eps, bool) or not isinstance(eps, numbers.Real):
+    if type(eps) is not float and (isinstance(eps, bool) or not isinstance(eps, numbers.Real)):
         raise TypeError(f"{_OP}: eps must be a positive number, got {eps!r}")
     if not 0 < eps < float("inf"):
         raise ValueError(f"{_OP}: eps must be a positive, finite number, got {eps!r}")
-    scales = resolve_num_scales(num_scales, a.shape[2], a.shape[3])
+    _, _, h, w = a.shape
+    scales = resolve_num_scales(num_scales, h, w)
     out_dtype = torch.float32 if a.is_cuda and torch.is_autocast_enabled("cuda") else a.dtype
     if a.dtype == torch.float64:
         out_dtype = a.dtype
@@ -110,4 +111,17 @@ def _cpu_backward(
     return grads
 
 
-_op = Op(_OP, _reference, lambda needs: (True, True), {"cpu": Kernels(_cpu_forward, _cpu_backward)})
+def _cpu_form(options: tuple, tensors: Tensors) -> tuple[Tensor, Sequence[Tensor]]:
+    a, _ = tensors
+    scales, center, _, _ = options
+    n, _, h, w = a.shape
+    stats = (n, native.consensus_map_stats(h, w, scales, center))
+    return torch.empty((n, 1, h, w), dtype=a.dtype), (torch.empty(stats, dtype=reference.accumulation_dtype(a.dtype)),)
+
+
+_SCHEMA = (
+    "(Tensor a, Tensor b, int num_scales, bool center, float eps, ScalarType out_dtype, str backend)"
+    " -> (Tensor, Tensor)"
+)
+_KERNELS = {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form)}
+_op = Op(_OP, _reference, lambda needs: (True, True), _KERNELS, _SCHEMA)

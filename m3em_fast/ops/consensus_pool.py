@@ -62,6 +62,10 @@ def _cpu_backward(
     return grad_x, grad_cmap
 
 
-_op = Op(
-    "consensus_pool", _reference, lambda needs: (needs[1], needs[0]), {"cpu": Kernels(_cpu_forward, _cpu_backward)}
-)
+def _cpu_form(options: tuple, tensors: Tensors) -> tuple[Tensor, Sequence[Tensor]]:
+    return torch.empty(tensors[0].shape[:2], dtype=options[0]), ()
+
+
+_SCHEMA = "(Tensor x, Tensor? cmap, ScalarType dtype, str backend) -> Tensor"
+_KERNELS = {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form)}
+_op = Op("consensus_pool", _reference, lambda needs: (needs[1], needs[0]), _KERNELS, _SCHEMA)

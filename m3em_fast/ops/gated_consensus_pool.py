@@ -31,7 +31,7 @@ def gated_consensus_pool(x: Tensor, gates: Sequence[Tensor], cmap: Tensor | None
     gates = _checks.gates("gated_consensus_pool", gates, x)
     if cmap is not None:
         _checks.consensus("gated_consensus_pool", cmap, x)
-    if backends.choose("gated_consensus_pool", ("cpu",), (x, *gates, cmap)) == "reference":
+    if backends.choose("gated_consensus_pool", ("cpu",), (x, *gates, cmap))[0] == "reference":
         return reference.gated_consensus_pool(x, gates, cmap)
     # No kernel of its own: pool once, not yet rounded, then a product of small tensors in plain torch.
     pooled = pool(x, cmap, reference.accumulation_dtype(x.dtype))

@@ -38,7 +38,7 @@ def gated_projection(x: Tensor, gates: Sequence[Tensor], weight: Tensor, bias: T
     _checks.tensor(_OP, "weight", weight, 2, "(D, G*C)")
     if bias is not None:
         _checks.tensor(_OP, "bias", bias, 1, "(D,)")
-    device = x.device.type
+    device = "cpu" if x.is_cpu else x.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         half = torch.get_autocast_dtype(device)
         x = x.to(half)
@@ -72,24 +72,15 @@ def _reference(options: tuple, tensors: Tensors) -> Tensor:
     return reference.gated_projection(x, gates, weight, bias)
 
 
-def _work(x: Tensor, gates: Sequence[Tensor], weight: Tensor, backward: bool) -> Tensor:
-    """Memory in which the kernels lay out the weights and the gates anew."""
-    n, c = x.shape[:2]
-    size = native.gated_projection_work(arg(weight), n, c, weight.shape[0], len(gates), backward)
-    return torch.empty(size, dtype=reference.accumulation_dtype(weight.dtype))
-
-
 def _cpu_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor, Sequence[Tensor]]:
     x, *gates, weight, bias = tensors
     out = empty_beside(x, weight.shape[0], weight.dtype)
-    work = _work(x, gates, weight, False)
     native.gated_projection_forward(
         arg(x),
         args(gates),
         arg(weight),
         arg(bias),
         arg(out),
-        work.data_ptr(),
         x.shape,
         weight.shape[0],
         torch.get_num_threads(),
@@ -103,7 +94,6 @@ def _cpu_backward(
     x, *gates, weight, _ = tensors
     grads = [gradient_of(t, need) for t, need in zip(tensors, needs, strict=True)]
     grad_x, *grad_gates, grad_weight, grad_bias = grads
-    work = _work(x, gates, weight, True)
     native.gated_projection_backward(
         arg(x),
         args(gates),
@@ -113,7 +103,6 @@ def _cpu_backward(
         args(grad_gates),
         arg(grad_weight),
         arg(grad_bias),
-        work.data_ptr(),
         x.shape,
         weight.shape[0],
         torch.get_num_threads(),
@@ -126,4 +115,10 @@ def _reads(needs: Sequence[bool]) -> Sequence[bool]:
     return (weight or any(gates), *(x or weight for _ in gates), x or any(gates), False)
 
 
-_op = Op(_OP, _reference, _reads, {"cpu": Kernels(_cpu_forward, _cpu_backward)})
+def _cpu_form(options: tuple, tensors: Tensors) -> tuple[Tensor, Sequence[Tensor]]:
+    x, *_, weight, _ = tensors
+    return empty_beside(x, weight.shape[0], weight.dtype), ()
+
+
+_SCHEMA = "(Tensor x, Tensor[] gates, Tensor weight, Tensor? bias, str backend) -> Tensor"
+_op = Op(_OP, _reference, _reads, {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form)}, _SCHEMA)
