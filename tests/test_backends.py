@@ -129,6 +129,36 @@ def test_blocks_nest_and_other_threads_have_their_own():
     assert seen["name"] == backends.current() == os.environ.get("M3EM_BACKEND", "auto")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_threads_that_call_ops_at_once_disturb_nothing(dtype):
+    """Two threads a backend, each with its own choice, all in every op at the same time."""
+    inputs = {call: random_tensors(call, 3, 67, 7, 7, dtype) for call in FULL_CALLS}
+    alone = {}
+    for name in backends.available():
+        with m3em_fast.backend(name):
+            alone[name] = {call: with_gradients(call, tensors) for call, tensors in inputs.items()}
+    threads, wrong, start = [], [], threading.Barrier(2 * len(alone))
+
+    def work(name, wanted):
+        start.wait()
+        with m3em_fast.backend(name):
+            for _ in range(10):
+                for call, tensors in inputs.items():
+                    found = with_gradients(call, tensors)
+                    if name != "reference" and not all(map(torch.equal, found, wanted[call])):
+                        wrong.append((name, call))
+                assert backends.current() == name
+        wrong.append("done")
+
+    for name, wanted in alone.items():
+        threads += [threading.Thread(target=work, args=(name, wanted)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == ["done"] * len(threads)
+
+
 def test_an_unknown_backend_is_named():
     message = r"m3em_fast.backend: .*one of auto, cpu, reference, got 'fpga'"
     with pytest.raises(ValueError, match=message), m3em_fast.backend("fpga"):

@@ -246,25 +246,6 @@ def test_a_clip_does_not_depend_on_the_others():
     torch.testing.assert_close(alone.vectors["Audio"], whole.vectors["Audio"][3:4], rtol=1e-12, atol=1e-13)
 
 
-def test_compiles_whole_with_gradients_and_any_number_of_clips():
-    module = make_module(dtype=torch.float32, spatial={"RGB": 8, "Flow": 8}, num_scales=2)
-    compiled = torch.compile(module, fullgraph=True, dynamic=True)
-    torch._dynamo.utils.counters.clear()
-
-    def run(f, features):
-        out = f(features)
-        loss = sum(x.square().sum() for x in out.vectors.values()) + out.consensus.sum()
-        return out, torch.autograd.grad(loss, list(module.parameters()))
-
-    for n in (6, 5, 3):  # none equal to the height: equal sizes become one symbol, and the next n a new graph
-        features = make_features(n=n, height=4, width=4, dtype=torch.float32, spatial={"RGB": 8, "Flow": 8})
-        (out, grads), (wanted, wanted_grads) = run(compiled, features), run(module, features)
-        torch.testing.assert_close(out.consensus, wanted.consensus, rtol=1e-5, atol=1e-5)
-        for got, want in zip(grads, wanted_grads, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
 def test_errors_name_what_where_and_what_was_expected():
     module, plain = make_module(), make_module(smr=False)
     features = make_features()
