@@ -6,6 +6,7 @@
 
 All providers take turns, and ratios are taken within a turn, so that a busy machine is busy for all of them. Nothing
 is timed before its results and gradients have been compared with the definition. Ratios say how many times faster.
+With float32 among the dtypes, backends run half cases in float32 too, for that ratio. Whoever crashes loses its rows.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from rich.progress import Progress
 
 from bench import report
 from bench.case import TINY, Case, Size
-from bench.core import CopyBandwidth, Row, Settings, measure
+from bench.core import Row, Settings
+from bench.isolation import Child
 from bench.providers import Provider, select
 
 OPS = (
@@ -37,7 +39,7 @@ OPS = (
     "gated_consensus_pool",
     "mutual_enhancement",
 )
-Dtype = Literal["float32", "float16", "bfloat16", "float64"]
+Dtype = Literal["float32", "float16", "bfloat16", "float64", "float16+float32", "bfloat16+float32"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Options:
     op: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Which ops; none named: all of them."""
     dtype: tuple[Dtype, ...] = ("float32",)
-    """Of every input."""
+    """Of every input; float16+float32 is a float16 x beside float32 gates, weight, map or parameters."""
     sizes: tuple[str, ...] = ("7x7", "14x14", "7x8")
     """Heights and widths of the maps."""
     samples: int | None = None
@@ -125,16 +127,21 @@ def resolve(options: Options) -> tuple[list[Size], list[Provider]]:
         raise UsageError(str(error)) from error
 
 
-def plan(options: Options, shapes: list[Size]) -> list[tuple[Case, bool]]:
-    """Every case, with whether it is the tiny one."""
-    found = []
+def plan(options: Options, shapes: list[Size]) -> list[tuple[Case, bool, Case | None]]:
+    """Every case, with whether it is the tiny one, and the float32 twin of a half case where float32 is measured."""
+    found: list[tuple[Case, bool, Case | None]] = []
     for op in options.op or OPS:
         module = importlib.import_module(f"bench.{op}")
         for name in options.dtype:
-            dtype = getattr(torch, name)
+            dtype, *beside = (getattr(torch, part) for part in name.split("+"))
+            compared = "float32" in options.dtype and dtype in (torch.float16, torch.bfloat16)
             for size in shapes:
-                found += [(case, False) for case in module.cases(size, dtype, options.layout)]
-            found += [(case, True) for case in module.cases(TINY, dtype, options.layout)[:1]]
+                twins = {case.variant: case for case in module.cases(size, torch.float32, options.layout)}
+                for case in module.cases(size, dtype, options.layout, *beside):
+                    found.append((case, False, twins[case.variant] if compared else None))
+            found += [(case, True, None) for case in module.cases(TINY, dtype, options.layout, *beside)[:1]]
+    if not found:
+        raise UsageError(f"--dtype {' '.join(options.dtype)}: in {' '.join(options.op)} nothing stands beside x.")
     return found
 
 
@@ -145,18 +152,17 @@ def run(options: Options, console: Console) -> list[Row]:
         settings = replace(
             settings, seconds=0.05, min_rounds=2, max_rounds=5, tiny_calls=5, tiny_rounds=2, copy_buffer=2**24
         )
+    cases = plan(options, shapes)
     where = report.conditions()
-    copy = CopyBandwidth(settings.copy_buffer)
-    console.print(report.conditions_line(where, copy.of(copy(15))), highlight=False, soft_wrap=True)
-    if options.quick:
-        console.print("--quick: these figures mean nothing.")
     rows: list[Row] = []
-    with Progress(console=console, transient=True) as progress:
-        cases = plan(options, shapes)
+    with Child(settings.copy_buffer) as child, Progress(console=console, transient=True) as progress:
+        console.print(report.conditions_line(where, child.copy_bandwidth()), highlight=False, soft_wrap=True)
+        if options.quick:
+            console.print("--quick: these figures mean nothing.")
         task = progress.add_task("", total=len(cases))
-        for case, tiny in cases:
+        for case, tiny, twin in cases:
             progress.update(task, description=f"{case.op} {case.dtype_name} {'tiny' if tiny else case.shape}")
-            found = measure(case, providers, settings, copy, tiny)
+            found = child.measure(case, providers, settings, tiny, twin)
             progress.console.print(report.table(found))
             rows += found
             if options.json is not None:
@@ -171,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         # Without a terminal the width is a guess of 80, and a table that is folded cannot be read.
-        console = Console(width=150)
+        console = Console(width=165)
     try:
         report.print_losses(console, run(options, console))
     except (UsageError, OSError) as error:

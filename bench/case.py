@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,8 +92,12 @@ class Problem:
     # What m3em_fast may round to half on the way to a half result: nothing, an operand of a matrix product or a factor
     # of the result, or everything that one op hands to the next.
     rounds: Literal["once", "operands", "between"] = "once"
+    # Of the results; None: that of the first input.
+    result_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        if self.result_dtype is None:
+            self.result_dtype = next(iter(self.inputs.values())).dtype
         for name in self.needs:
             self.inputs[name].requires_grad_()
 
@@ -113,10 +118,13 @@ class Case:
     needs: str
     shape: str
     setup: Callable[[], Problem] = field(repr=False)
+    # Dtype of what stands beside x (gates, weight, map or parameters); None: that of x.
+    beside: torch.dtype | None = None
 
     @property
     def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        """As on the command line; float16+float32 is a float16 x beside float32."""
+        return "+".join(str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.beside) if dtype is not None)
 
     def __str__(self) -> str:
         layout = "" if self.layout == "contiguous" else f" {self.layout}"
@@ -124,7 +132,7 @@ class Case:
         return f"{self.op}, {self.variant}: {self.shape} {self.dtype_name}{layout}; {gradients}"
 
 
-Setup = Callable[[Size, torch.dtype, Layout, tuple[str, ...]], Problem]
+Setup = Callable[[Size, torch.dtype, Layout, tuple[str, ...], torch.dtype | None], Problem]
 
 
 def cases_of(
@@ -135,11 +143,13 @@ def cases_of(
     size: Size,
     dtype: torch.dtype,
     layout: Layout,
+    beside: torch.dtype | None = None,
 ) -> list[Case]:
     """A case a variant; ``variants`` says by which inputs each one wants gradients."""
     return [
-        Case(op, name, size, dtype, layout, ", ".join(needs), shape, partial(setup, size, dtype, layout, needs))
+        Case(op, name, size, dtype, layout, ", ".join(needs), shape, made, beside)
         for name, needs in variants.items()
+        for made in [partial(setup, size, dtype, layout, needs, beside)]
     ]
 
 
@@ -156,6 +166,12 @@ class Draw:
         if len(shape) == 4 and self.layout == "channels_last":
             return values.contiguous(memory_format=torch.channels_last)
         return values
+
+    def beside(self, dtype: torch.dtype | None) -> Draw:
+        """The same source in another dtype; None: in this one."""
+        other = copy.copy(self)
+        other.dtype = dtype or self.dtype
+        return other
 
     def gate(self, *shape: int) -> Tensor:
         """As a sigmoid leaves it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from bench import eager
 from bench.case import Case, Draw, Layout, Problem, Size, cases_of, sizes_of, traffic
@@ -14,15 +15,24 @@ VARIANTS = {"2 gates": ("x", "gate0", "gate1"), "2 gates, x frozen": ("gate0", "
 READS = {"x": ("gate0", "gate1"), "gate0": ("x",), "gate1": ("x",)}
 
 
-def setup(size: Size, dtype: torch.dtype, layout: Layout, needs: tuple[str, ...]) -> Problem:
+def setup(
+    size: Size, dtype: torch.dtype, layout: Layout, needs: tuple[str, ...], beside: torch.dtype | None = None
+) -> Problem:
     draw = Draw(dtype, layout, OP, size)
     inputs = {"x": draw(size.n, size.c, size.h, size.w)}
-    inputs |= {f"gate{g}": draw.gate(size.n, size.c) for g in range(2)}
+    others = draw.beside(beside)
+    inputs |= {f"gate{g}": others.gate(size.n, size.c) for g in range(2)}
     sizes = sizes_of(inputs)
+
+    def cast(x: Tensor, *gates: Tensor) -> Tensor:
+        # Beside a float32 gate torch makes the product float32, and its owner wants it in x's dtype. Casting the gates
+        # beforehand is the cheaper way.
+        return eager.channel_gate(x, *(gate.to(x.dtype) for gate in gates))
+
     moved = traffic(sizes, 2 * sizes["x"], needs, READS)
-    return Problem(inputs, needs, moved, ops.channel_gate, eager.channel_gate)
+    return Problem(inputs, needs, moved, ops.channel_gate, cast if beside else eager.channel_gate)
 
 
-def cases(size: Size, dtype: torch.dtype, layout: Layout) -> list[Case]:
+def cases(size: Size, dtype: torch.dtype, layout: Layout, beside: torch.dtype | None = None) -> list[Case]:
     shape = f"x {size.n}x{size.c}x{size.h}x{size.w}"
-    return cases_of(OP, VARIANTS, setup, shape, size, dtype, layout)
+    return cases_of(OP, VARIANTS, setup, shape, size, dtype, layout, beside)

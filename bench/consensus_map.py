@@ -14,7 +14,9 @@ VARIANTS = {"3 scales": ("a", "b")}
 READS = {"a": ("a", "b"), "b": ("a", "b")}
 
 
-def setup(size: Size, dtype: torch.dtype, layout: Layout, needs: tuple[str, ...]) -> Problem:
+def setup(
+    size: Size, dtype: torch.dtype, layout: Layout, needs: tuple[str, ...], beside: torch.dtype | None = None
+) -> Problem:
     draw = Draw(dtype, layout, OP, size)
     inputs = {name: draw(size.n, size.d, size.h, size.w) for name in ("a", "b")}
     sizes = sizes_of(inputs)
@@ -22,6 +24,9 @@ def setup(size: Size, dtype: torch.dtype, layout: Layout, needs: tuple[str, ...]
     return Problem(inputs, needs, moved, ops.consensus_map, eager.consensus_map)
 
 
-def cases(size: Size, dtype: torch.dtype, layout: Layout) -> list[Case]:
+def cases(size: Size, dtype: torch.dtype, layout: Layout, beside: torch.dtype | None = None) -> list[Case]:
+    """None with ``beside``: a and b have one dtype."""
+    if beside:
+        return []
     shape = f"a, b {size.n}x{size.d}x{size.h}x{size.w}"
     return cases_of(OP, VARIANTS, setup, shape, size, dtype, layout)

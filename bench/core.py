@@ -18,7 +18,11 @@ from bench.providers import Provider, TookTooLong, fresh_compiler, quiet, time_l
 MODES = ("forward", "backward", "forward+backward")
 TINY_MODES = ("tiny, no gradient", "tiny, forward+backward")
 COPY_BUFFER = 256 * 2**20
+# What a half row with a matrix product in it may take of the time of its float32 row; any other row is moved bytes.
+HALF_PRODUCT = 1.15
+IN_FLOAT32 = " in float32"  # behind the name of a provider
 clock = time.perf_counter
+Turn = Callable[[str | None], None]
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Row:
     error: str | None = None
     ratio_to_eager: float | None = None  # how many times faster than eager; below 1: slower
     ratio_to_compile: float | None = None
+    ratio_to_float32: float | None = None  # of a backend, to itself
     copy_bandwidth: float | None = None  # bytes a second
     bytes_moved: int | None = None  # by the model, not measured
     flops: int | None = None
@@ -71,6 +76,13 @@ class Row:
         is_fast = self.provider.backend not in (None, "reference")
         return is_fast and self.ratio_to_eager is not None and self.ratio_to_eager < 1
 
+    @property
+    def half_loss(self) -> bool:
+        """A backend that is slower with a half x than in float32, though half the bytes are to be moved."""
+        is_fast = self.provider.backend not in (None, "reference")
+        allowed = 1 / HALF_PRODUCT if self.flops else 1
+        return is_fast and self.ratio_to_float32 is not None and self.ratio_to_float32 < allowed
+
 
 def percentiles(times: list[float]) -> tuple[float, float, float]:
     """The 20th, the 50th and the 80th."""
@@ -84,20 +96,27 @@ def times_faster(times: list[float], baseline: list[float]) -> float | None:
     return float(np.median([base / own for base, own in pairs])) if pairs else None
 
 
+def nobody(name: str | None) -> None:
+    """Keeps no account of whose turn it is."""
+
+
 def interleaved(
-    steps: Mapping[str, Callable[[], Mapping[str, float]]], settings: Settings
+    steps: Mapping[str, Callable[[], Mapping[str, float]]], settings: Settings, turn: Turn = nobody
 ) -> dict[str, dict[str, list[float]]]:
     """Runs every step once a round (A B C A B C ...) and collects, by step and mode, the seconds that each reports."""
     readings: dict[str, dict[str, list[float]]] = {name: {} for name in steps}
     for _ in range(settings.warm_up):
-        for step in steps.values():
+        for name, step in steps.items():
+            turn(name)
             step()
     start, rounds = clock(), 0
     while rounds < settings.min_rounds or (rounds < settings.max_rounds and clock() - start < settings.seconds):
         for name, step in steps.items():
+            turn(name)
             for mode, seconds in step().items():
                 readings[name].setdefault(mode, []).append(seconds)
         rounds += 1
+    turn(None)
     return readings
 
 
@@ -252,22 +271,57 @@ def tiny_step(entrant: Entrant, problem: Problem, grads: list[Tensor], calls: in
     return step
 
 
+def modes_of(case: Case, tiny: bool) -> list[str]:
+    """The modes in which a case has a row."""
+    return [mode for mode in (TINY_MODES if tiny else MODES) if case.needs or not mode.endswith("backward")]
+
+
+def twin_steps(
+    twin: Case, entrants: list[Entrant], limit: float, turn: Turn
+) -> dict[str, Callable[[], dict[str, float]]]:
+    """What the same backends do with the twin of a case, to be timed in the same rounds."""
+    problem = twin.setup()
+    exact, grads = gate.exact_results(problem)
+    steps = {}
+    for entrant in entrants:
+        if entrant.provider.backend is None or entrant.forward_error is not None:
+            continue
+        turn(entrant.provider.name)
+        own = admit(entrant.provider, problem, grads, exact, limit)
+        if own.forward_error is None:
+            steps[entrant.provider.name + IN_FLOAT32] = full_step(own, problem, grads)
+    turn(None)
+    return steps
+
+
 def measure(
-    case: Case, providers: list[Provider], settings: Settings, copy: CopyBandwidth | None = None, tiny: bool = False
+    case: Case,
+    providers: list[Provider],
+    settings: Settings,
+    copy: CopyBandwidth | None = None,
+    tiny: bool = False,
+    turn: Turn = nobody,
+    twin: Case | None = None,
 ) -> list[Row]:
-    """All rows of a case. With ``tiny`` the microseconds of a call instead of bandwidth and memory."""
+    """All rows of a case. With ``tiny`` the microseconds of a call instead of bandwidth and memory.
+
+    ``turn`` is told before every call whose code is about to run, and None where it is only ours. ``twin`` is the same
+    case in float32: with it the backends run that in the same rounds as well, for the ratio."""
     if any(provider.name == "compile" for provider in providers):
         fresh_compiler()
     problem = case.setup()
-    modes = [mode for mode in (TINY_MODES if tiny else MODES) if problem.needs or not mode.endswith("backward")]
     exact, grads = gate.exact_results(problem)
-    entrants = [admit(provider, problem, grads, exact, settings.compile_seconds) for provider in providers]
+    entrants = []
+    for provider in providers:
+        turn(provider.name)
+        entrants.append(admit(provider, problem, grads, exact, settings.compile_seconds))
     del exact
     steps, saved = {}, {}
     for entrant in entrants:
         if entrant.forward_error is not None:
             continue
         name = entrant.provider.name
+        turn(name)
         if tiny:
             step = tiny_step(entrant, problem, grads, settings.tiny_calls)
         else:
@@ -285,20 +339,26 @@ def measure(
         steps[name] = step
     if tiny:
         settings = Settings(0.0, settings.tiny_rounds, settings.tiny_rounds, settings.warm_up)
+    turn(None)
+    if twin is not None:
+        steps |= twin_steps(twin, entrants, settings.compile_seconds, turn)
     copies = copy() if copy else []
-    readings = interleaved(steps, settings)
+    readings = interleaved(steps, settings, lambda name: turn(name and name.removesuffix(IN_FLOAT32)))
     copies += copy() if copy else []
     bandwidth = copy.of(copies) if copy else None
 
     rows = []
     for entrant in entrants:
         own = readings.get(entrant.provider.name, {})
-        for mode in modes:
+        for mode in modes_of(case, tiny):
             row = Row(case, entrant.provider, mode, own.get(mode, []), entrant.error(mode))
             if row.times and entrant.provider.name != "eager":
                 row.ratio_to_eager = times_faster(row.times, readings.get("eager", {}).get(mode, []))
             if row.times and entrant.provider.name not in ("eager", "compile"):
                 row.ratio_to_compile = times_faster(row.times, readings.get("compile", {}).get(mode, []))
+            row.ratio_to_float32 = times_faster(
+                row.times, readings.get(entrant.provider.name + IN_FLOAT32, {}).get(mode, [])
+            )
             if not tiny:
                 row.copy_bandwidth = bandwidth
                 row.bytes_moved, row.flops = problem.traffic.of(mode)

@@ -5,11 +5,11 @@ The bound, element by element, for results and gradients:
     |result - exact| <= u_out |exact| + 64 u_acc max|exact| + smallest subnormal
 
 with the unit roundoff u_out of the result's dtype and u_acc of the dtype in which sums are held: for m3em_fast float32
-beside half (float64 for float64); for eager and torch.compile the dtype of the inputs, because torch's functions round
-to half between each other, and so for the whole module, whose ops do. Where a half operand of a matrix product or a
-half factor is rounded on the way (``Problem.rounds``), 4 u_half max|exact| more. For a module max|exact| of a gradient
-is taken over the parameters of one of its parts. The largest use seen of the 64 is 9 in float32 and 20 in half, both in
-the module.
+beside half (float64 for float64); for eager and torch.compile the lowest dtype of the inputs, because torch's functions
+round to half between each other, and so for the whole module, whose ops do. Where a half operand of a matrix product or
+a half factor is rounded on the way to a half result (``Problem.rounds``), 4 u_half max|exact| more. For a module
+max|exact| of a gradient is taken over the parameters of one of its parts. The largest use seen of the 64 is 9 in
+float32 and 20 in half, both in the module.
 
 The tests' bound (tests/exact.py) is the sharper one and the judge of a kernel. This one is cheap enough for inputs of
 full size, and catches a channel left out, a wrong window and a row that was not written.
@@ -47,7 +47,6 @@ def exact_results(problem: Problem) -> tuple[Results, list[Tensor]]:
     A few samples at a time: all of them at once would take several times the memory of what is measured."""
     function = problem.exact or problem.fast
     source = torch.Generator().manual_seed(1)
-    dtype = next(iter(problem.inputs.values())).dtype
     batch = next(tensor.shape[0] for name, tensor in problem.inputs.items() if name not in problem.shared)
     largest = max(tensor.numel() for name, tensor in problem.inputs.items() if name not in problem.shared)
     step = max(1, CHUNK * batch // largest)
@@ -65,7 +64,7 @@ def exact_results(problem: Problem) -> tuple[Results, list[Tensor]]:
         with choose("reference"):
             found = as_tuple(function(*leaves.values()))
         if not grads:
-            grads = [torch.randn(batch, *out.shape[1:], generator=source).to(dtype) for out in found]
+            grads = [torch.randn(batch, *out.shape[1:], generator=source).to(problem.result_dtype) for out in found]
         outputs.append([out.detach() for out in found])
         if not problem.needs:
             continue
@@ -82,17 +81,19 @@ def exact_results(problem: Problem) -> tuple[Results, list[Tensor]]:
 
 
 def complaint(
-    what: str, result: Tensor, exact: Tensor, largest: float, accumulation: torch.dtype, half: torch.dtype | None
+    what: str, result: Tensor, exact: Tensor, largest: float, accumulation: torch.dtype, operands: bool = False
 ) -> str | None:
-    """Why ``result`` is not ``exact`` within the bound, in which ``largest`` stands for max|exact|; or None."""
+    """Why ``result`` is not ``exact`` within the bound, in which ``largest`` stands for max|exact|; or None.
+
+    With ``operands`` a half result may have had a factor rounded to its dtype."""
     if result.shape != exact.shape:
         return f"{what} has shape {tuple(result.shape)}, wanted {tuple(exact.shape)}"
     if exact.numel() == 0:
         return None
     own = torch.finfo(result.dtype)
     fixed = ROUNDINGS * torch.finfo(accumulation).eps / 2 * largest + own.smallest_normal * own.eps
-    if half is not None:
-        fixed += 4 * torch.finfo(half).eps / 2 * largest
+    if operands and result.dtype in (torch.float16, torch.bfloat16):
+        fixed += 4 * own.eps / 2 * largest
     error = result.detach().double().sub_(exact).abs_()
     allowed = exact.abs().mul_(own.eps / 2).add_(fixed)
     wrong = ~(error <= allowed)  # so that a NaN is wrong as well
@@ -110,9 +111,11 @@ def check(provider: str, problem: Problem, found: Results, exact: Results) -> st
     is_half = used in (torch.float16, torch.bfloat16)
     rounds_between = provider in BASELINES or problem.rounds == "between"
     accumulation = torch.float32 if is_half and not rounds_between else used
-    half = used if is_half and problem.rounds == "operands" else None
     if len(found.outputs) != len(exact.outputs):
         return f"gave {len(found.outputs)} results, wanted {len(exact.outputs)}"
+    for out in found.outputs:
+        if out.dtype != problem.result_dtype:
+            return f"the result is {out.dtype}, wanted {problem.result_dtype}"
     # What is left of a small layer's gradient after cancellation says nothing of what was summed: the parameters of one
     # part of a module (smr.*, cmc.*) have their largest gradient in common.
     largest: dict[str, float] = {}
@@ -127,5 +130,5 @@ def check(provider: str, problem: Problem, found: Results, exact: Results) -> st
         (f"the gradient by {name}", own, exact.gradients[name], largest[name.split(".")[0]])
         for name, own in found.gradients.items()
     ]
-    reasons = (complaint(*triple, accumulation, half) for triple in triples)
+    reasons = (complaint(*triple, accumulation, problem.rounds == "operands") for triple in triples)
     return next((reason for reason in reasons if reason is not None), None)

@@ -24,12 +24,15 @@ def moved(sizes: dict[str, int], needs: tuple[str, ...]) -> Traffic:
     return traffic(sizes | {"pooled": sizes["gate0"]}, 2 * sizes["gate0"], needs, READS)
 
 
-def setup(size: Size, dtype: torch.dtype, layout: Layout, needs: tuple[str, ...]) -> Problem:
+def setup(
+    size: Size, dtype: torch.dtype, layout: Layout, needs: tuple[str, ...], beside: torch.dtype | None = None
+) -> Problem:
     draw = Draw(dtype, layout, OP, size)
     inputs = {"x": draw(size.n, size.c, size.h, size.w)}
-    inputs |= {f"gate{g}": draw.gate(size.n, size.c) for g in range(2)}
+    others = draw.beside(beside)
+    inputs |= {f"gate{g}": others.gate(size.n, size.c) for g in range(2)}
     # A sum of three cosines of which most are positive.
-    inputs["cmap"] = draw(size.n, 1, size.h, size.w, scale=0.5, offset=1.0)
+    inputs["cmap"] = others(size.n, 1, size.h, size.w, scale=0.5, offset=1.0)
 
     def fast(x: Tensor, gate0: Tensor, gate1: Tensor, cmap: Tensor) -> Tensor:
         return ops.gated_consensus_pool(x, [gate0, gate1], cmap)
@@ -37,9 +40,10 @@ def setup(size: Size, dtype: torch.dtype, layout: Layout, needs: tuple[str, ...]
     def short(x: Tensor, gate0: Tensor, gate1: Tensor, cmap: Tensor) -> Tensor:
         return eager.gated_consensus_pool(x, [gate0, gate1], cmap)
 
-    return Problem(inputs, needs, moved(sizes_of(inputs), needs), fast, short, rounds="operands")
+    result = inputs["cmap"].dtype
+    return Problem(inputs, needs, moved(sizes_of(inputs), needs), fast, short, rounds="operands", result_dtype=result)
 
 
-def cases(size: Size, dtype: torch.dtype, layout: Layout) -> list[Case]:
+def cases(size: Size, dtype: torch.dtype, layout: Layout, beside: torch.dtype | None = None) -> list[Case]:
     shape = f"x {size.n}x{size.c}x{size.h}x{size.w}"
-    return cases_of(OP, VARIANTS, setup, shape, size, dtype, layout)
+    return cases_of(OP, VARIANTS, setup, shape, size, dtype, layout, beside)

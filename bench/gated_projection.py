@@ -29,11 +29,14 @@ def moved(sizes: dict[str, int], out: int, size: Size, needs: tuple[str, ...]) -
     return replace(traffic(sizes, out, needs, READS), forward_flops=product, backward_flops=backward)
 
 
-def setup(size: Size, dtype: torch.dtype, layout: Layout, needs: tuple[str, ...]) -> Problem:
+def setup(
+    size: Size, dtype: torch.dtype, layout: Layout, needs: tuple[str, ...], beside: torch.dtype | None = None
+) -> Problem:
     draw = Draw(dtype, layout, OP, size)
     inputs = {"x": draw(size.n, size.c, size.h, size.w)}
-    inputs |= {f"gate{g}": draw.gate(size.n, size.c) for g in range(2)}
-    inputs["weight"] = draw(size.d, 2 * size.c, scale=(2 * size.c) ** -0.5)
+    others = draw.beside(beside)
+    inputs |= {f"gate{g}": others.gate(size.n, size.c) for g in range(2)}
+    inputs["weight"] = others(size.d, 2 * size.c, scale=(2 * size.c) ** -0.5)
     sizes = sizes_of(inputs)
 
     def fast(x: Tensor, gate0: Tensor, gate1: Tensor, weight: Tensor) -> Tensor:
@@ -42,11 +45,12 @@ def setup(size: Size, dtype: torch.dtype, layout: Layout, needs: tuple[str, ...]
     def short(x: Tensor, gate0: Tensor, gate1: Tensor, weight: Tensor) -> Tensor:
         return eager.gated_projection(x, [gate0, gate1], weight)
 
-    out = sizes["x"] // size.c * size.d
+    result = inputs["weight"].dtype
+    moves = moved(sizes, size.n * size.d * size.h * size.w * result.itemsize, size, needs)
     shared = frozenset({"weight"})
-    return Problem(inputs, needs, moved(sizes, out, size, needs), fast, short, shared=shared, rounds="operands")
+    return Problem(inputs, needs, moves, fast, short, shared=shared, rounds="operands", result_dtype=result)
 
 
-def cases(size: Size, dtype: torch.dtype, layout: Layout) -> list[Case]:
+def cases(size: Size, dtype: torch.dtype, layout: Layout, beside: torch.dtype | None = None) -> list[Case]:
     shape = f"x {size.n}x{size.c}x{size.h}x{size.w}, D = {size.d}"
-    return cases_of(OP, VARIANTS, setup, shape, size, dtype, layout)
+    return cases_of(OP, VARIANTS, setup, shape, size, dtype, layout, beside)

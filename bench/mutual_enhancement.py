@@ -18,31 +18,34 @@ VARIANTS = {"RGB, flow, audio; features frozen": False, "RGB, flow, audio": True
 SPATIAL, VECTOR = ("RGB", "Flow"), ("Audio",)
 
 
-def moved(size: Size, itemsize: int, features_need: bool) -> Traffic:
+def moved(size: Size, itemsize: int, beside: int, features_need: bool) -> Traffic:
     """The floors of the ops in it, one after another. A fusion across ops may go below.
 
     Left out: the small layers of the gates, the vector modality, and the sum of the three gradients by each map.
     """
     positions = size.h * size.w
-    maps, vectors = size.n * size.c * positions * itemsize, size.n * size.c * itemsize
-    latent, cmap = size.n * size.d * positions * itemsize, size.n * positions * itemsize
+    maps, pooled, gates = size.n * size.c * positions * itemsize, size.n * size.c * itemsize, size.n * size.c * beside
+    latent, cmap = size.n * size.d * positions * beside, size.n * positions * beside
     x = ("x",) if features_need else ()
-    gated = {"x": maps, "gate0": vectors, "gate1": vectors}
-    one = traffic({"x": maps}, vectors, x, {"x": ()})
-    projected = {**gated, "weight": 2 * size.c * size.d * itemsize}
+    gated = {"x": maps, "gate0": gates, "gate1": gates}
+    one = traffic({"x": maps}, pooled, x, {"x": ()})
+    projected = {**gated, "weight": 2 * size.c * size.d * beside}
     one += gated_projection.moved(projected, latent, size, (*x, "gate0", "gate1", "weight"))
     one += gated_consensus_pool.moved({**gated, "cmap": cmap}, (*x, "gate0", "gate1", "cmap"))
     pair = traffic({"a": latent, "b": latent}, cmap, ("a", "b"), consensus_map.READS)
     return one + one + pair
 
 
-def setup(size: Size, dtype: torch.dtype, layout: Layout, features_need: bool) -> Problem:
+def setup(
+    size: Size, dtype: torch.dtype, layout: Layout, features_need: bool, beside: torch.dtype | None = None
+) -> Problem:
     draw = Draw(dtype, layout, OP, size)
+    own = beside or dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = MutualEnhancement(
             dict.fromkeys(SPATIAL, size.c), dict.fromkeys(VECTOR, size.c), latent_channels=size.d
-        ).to(dtype)
+        ).to(own)
     state = dict(module.named_parameters())
     features = {name: draw(size.n, size.c, size.h, size.w) for name in SPATIAL}
     features |= {name: draw(size.n, size.c) for name in VECTOR}
@@ -57,7 +60,11 @@ def setup(size: Size, dtype: torch.dtype, layout: Layout, features_need: bool) -
         return tuple(module(split(tensors)[0]).vectors.values())
 
     def short(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(eager.mutual_enhancement(*split(tensors)).values())
+        maps, parameters = split(tensors)
+        if beside:
+            # Torch's layers refuse a half input beside a float32 weight, so that its owner casts the features.
+            maps = {name: x.to(beside) for name, x in maps.items()}
+        return tuple(eager.mutual_enhancement(maps, parameters).values())
 
     def exact(*tensors: Tensor) -> tuple[Tensor, ...]:
         maps, parameters = split(tensors)
@@ -66,16 +73,17 @@ def setup(size: Size, dtype: torch.dtype, layout: Layout, features_need: bool) -
     return Problem(
         features | state,
         (*features, *state) if features_need else tuple(state),
-        moved(size, dtype.itemsize, features_need),
+        moved(size, dtype.itemsize, own.itemsize, features_need),
         fast,
         short,
         exact,
         shared=frozenset(state),
         rounds="between",
+        result_dtype=own,
     )
 
 
-def cases(size: Size, dtype: torch.dtype, layout: Layout) -> list[Case]:
+def cases(size: Size, dtype: torch.dtype, layout: Layout, beside: torch.dtype | None = None) -> list[Case]:
     shape = f"maps {size.n}x{size.c}x{size.h}x{size.w}, D = {size.d}"
     return [
         Case(
@@ -86,7 +94,8 @@ def cases(size: Size, dtype: torch.dtype, layout: Layout) -> list[Case]:
             layout,
             "features and parameters" if need else "parameters",
             shape,
-            partial(setup, size, dtype, layout, need),
+            partial(setup, size, dtype, layout, need, beside),
+            beside,
         )
         for name, need in VARIANTS.items()
     ]

@@ -65,6 +65,7 @@ def record(row: Row, where: dict[str, Any]) -> dict[str, Any]:
         "p80_ms": _scaled(high, 1e3),
         "ratio_to_eager": row.ratio_to_eager,
         "ratio_to_compile": row.ratio_to_compile,
+        "ratio_to_float32": row.ratio_to_float32,
         "loss": row.loss,
         "gb_per_s": _scaled(row.bandwidth, 1e-9),
         "multiple_of_floor": row.multiple_of_floor,
@@ -132,6 +133,9 @@ def table(rows: Sequence[Row]) -> Table:
     found.add_column("x com-\npile", justify="right")
     if not tiny:
         has_products = any(row.flops for row in rows)
+        has_twin = any(row.ratio_to_float32 for row in rows)
+        if has_twin:
+            found.add_column("x float32", justify="right", min_width=9)
         for column in ("GB/s", "x floor", *(("GFLOP/s",) if has_products else ()), "saved\nMB"):
             found.add_column(column, justify="right")
     errors = []
@@ -145,6 +149,9 @@ def table(rows: Sequence[Row]) -> Table:
         line.append(f"{_time(span[0], unit)}-{_time(span[2], unit)}" if span else "")
         line.append(_cell(last.ratio_to_compile, ".2f"))
         if not tiny:
+            if has_twin:
+                ratio = _ratio(last.ratio_to_float32)
+                line.append(Text(f"{ratio} slow", style="bold red") if last.half_loss else ratio)
             line += [_cell(_scaled(last.bandwidth, 1e-9), ".2f"), _cell(last.multiple_of_floor, ".2f")]
             if has_products:
                 line.append(_cell(last.flops / span[1] / 1e9 if last.flops and span else None, ".1f"))
@@ -157,9 +164,13 @@ def table(rows: Sequence[Row]) -> Table:
     return found
 
 
-def print_losses(console: Console, rows: Iterable[Row]) -> None:
-    """Where somebody would be better served by eager PyTorch."""
+def print_losses(console: Console, rows: Sequence[Row]) -> None:
+    """Where somebody would be better served by eager PyTorch, or by float32."""
     lost = [row for row in rows if row.loss]
     for row in lost:
         text = f"loss: {row.provider.name} at {_ratio(row.ratio_to_eager)} x eager, {row.mode}: {row.case}"
         console.print(Text(text, style="red"), soft_wrap=True)
+    for row in rows:
+        if row.half_loss:
+            text = f"slow: {row.provider.name} at {_ratio(row.ratio_to_float32)} x float32, {row.mode}: {row.case}"
+            console.print(Text(text, style="red"), soft_wrap=True)

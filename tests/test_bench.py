@@ -5,7 +5,7 @@ import torch
 
 from bench import core, eager, gate
 from bench.case import Traffic, traffic
-from bench.providers import Provider, choose
+from bench.providers import Provider, choose, select
 from bench_cases import QUICK, all_cases, case_of, rendered, with_problem
 from m3em_fast import ops
 
@@ -43,16 +43,16 @@ BY_HAND = {
 }
 
 
+FROZEN = {"": ("without cmap", ""), "; features frozen": ("without cmap, x frozen", ", x frozen")}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 def test_the_bytes_that_have_to_be_moved(dtype):
     found = {(case.op, case.variant): case.setup().traffic for case in all_cases(dtype=dtype)}
     for key, (forward, backward) in BY_HAND.items():
         assert (found[key].forward, found[key].backward) == (forward * dtype.itemsize, backward * dtype.itemsize), key
     # The module is its ops one after another: for two modalities pooling, projection and weighted pooling; one map.
-    for features, pool, tail in (
-        ("", "without cmap", ""),
-        ("; features frozen", "without cmap, x frozen", ", x frozen"),
-    ):
+    for features, (pool, tail) in FROZEN.items():
         keys = (
             ("consensus_pool", pool),
             ("gated_projection", f"2 gates{tail}"),
@@ -62,6 +62,43 @@ def test_the_bytes_that_have_to_be_moved(dtype):
         expected = [2 * sum(BY_HAND[key][i] for key in keys) + pair[i] for i in range(2)]
         moved = found["mutual_enhancement", f"RGB, flow, audio{features}"]
         assert [moved.forward, moved.backward] == [count * dtype.itemsize for count in expected]
+
+
+# Two bytes for what has the form of x (the gated copies too, which have its dtype), four for everything beside it.
+MIXED_BY_HAND = {
+    ("channel_gate", "2 gates"): (2 * 3 * X + 4 * 2 * GATE, 2 * 4 * X + 4 * 4 * GATE),
+    ("channel_gate", "2 gates, x frozen"): (2 * 3 * X + 4 * 2 * GATE, 2 * 3 * X + 4 * 2 * GATE),
+    ("consensus_pool", "with cmap"): (2 * X + 4 * (MAP + GATE), 4 * GATE + 2 * 2 * X + 4 * 2 * MAP),
+    ("consensus_pool", "with cmap, x frozen"): (2 * X + 4 * (MAP + GATE), 4 * GATE + 2 * X + 4 * MAP),
+    ("gated_projection", "2 gates"): (
+        2 * X + 4 * (2 * GATE + WEIGHT + LATENT),
+        4 * LATENT + 2 * 2 * X + 4 * 2 * (2 * GATE + WEIGHT),
+    ),
+    ("gated_projection", "2 gates, x frozen"): (
+        2 * X + 4 * (2 * GATE + WEIGHT + LATENT),
+        4 * LATENT + 2 * X + 4 * 2 * (2 * GATE + WEIGHT),
+    ),
+    ("gated_consensus_pool", "2 gates"): (
+        2 * X + 4 * (2 * GATE + MAP + 2 * GATE),
+        4 * 2 * GATE + 2 * 2 * X + 4 * 2 * (2 * GATE + MAP) + 4 * GATE,
+    ),
+    ("gated_consensus_pool", "2 gates, x frozen"): (
+        2 * X + 4 * (2 * GATE + MAP + 2 * GATE),
+        4 * 2 * GATE + 2 * X + 4 * (2 * 2 * GATE + MAP) + 4 * GATE,
+    ),
+}
+
+
+def test_the_bytes_of_a_half_x_beside_float32():
+    found = {(c.op, c.variant): c.setup().traffic for c in all_cases(dtype=torch.float16, beside=torch.float32)}
+    module = {variant: found.pop(("mutual_enhancement", f"RGB, flow, audio{variant}")) for variant in FROZEN}
+    assert {key: (moved.forward, moved.backward) for key, moved in found.items()} == MIXED_BY_HAND
+    pair = BY_HAND["consensus_map", "3 scales"]  # of latent maps, which have the dtype of the weight
+    for variant, (pool, tail) in FROZEN.items():
+        pooled = BY_HAND["consensus_pool", pool]  # a half vector of a half map
+        ops = [MIXED_BY_HAND[op, f"2 gates{tail}"] for op in ("gated_projection", "gated_consensus_pool")]
+        expected = [2 * (2 * pooled[i] + sum(op[i] for op in ops)) + 4 * pair[i] for i in range(2)]
+        assert [module[variant].forward, module[variant].backward] == expected
 
 
 def test_every_case_has_its_bytes_written_out():
@@ -166,9 +203,9 @@ def test_a_problem_is_evaluated_in_pieces(monkeypatch):
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
-def wrong(change, dtype=torch.float32):
+def wrong(change, dtype=torch.float32, beside=None):
     """What the gate says of gated_projection with something changed in it."""
-    problem = case_of("gated_projection", "2 gates", dtype=dtype).setup()
+    problem = case_of("gated_projection", "2 gates", dtype=dtype, beside=beside).setup()
     right = problem.fast
     problem.exact, problem.fast = right, lambda *tensors: change(right, *tensors)
     exact, grads = gate.exact_results(problem)
@@ -220,6 +257,40 @@ def test_the_gate_rejects(name):
 def test_the_gate_rejects_in_half(dtype):
     assert wrong(WRONG["a channel is left out"][0], dtype).forward_error is not None
     assert wrong(lambda right, *tensors: right(*tensors), dtype).forward_error is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_the_gate_rejects_half_on_the_way_to_float32(dtype):
+    """Beside a float32 weight the result is float32, and nothing in it has to be rounded to the dtype of x."""
+    assert wrong(lambda right, *tensors: right(*tensors), dtype, torch.float32).forward_error is None
+    for change in (
+        lambda right, x, *others: right(x, *(t.to(dtype).float() for t in others)),
+        lambda right, *tensors: right(*tensors).to(dtype).float(),
+    ):
+        said = wrong(change, dtype, torch.float32).forward_error
+        assert said is not None and said.startswith("wrong: the result: ")
+    in_half = wrong(lambda right, *tensors: right(*tensors).to(dtype), dtype, torch.float32).forward_error
+    assert in_half == f"wrong: the result is {dtype}, wanted torch.float32"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("case", all_cases(beside=torch.float32), ids=lambda case: f"{case.op}-{case.variant}")
+def test_a_half_x_beside_float32_is_measured(case, dtype):
+    """By everybody, who all give the dtype that the op promises; so that the baseline does the same work."""
+    case = case_of(case.op, case.variant, dtype=dtype, beside=torch.float32)
+    assert case.dtype_name == f"{str(dtype).removeprefix('torch.')}+float32"
+    problem = case.setup()
+    first, *others = problem.inputs.values()
+    assert first.dtype == dtype
+    if case.op == "mutual_enhancement":
+        others = [tensor for name, tensor in problem.inputs.items() if "." in name]
+    assert others and {tensor.dtype for tensor in others} == {torch.float32}
+    assert problem.result_dtype == (dtype if case.op == "channel_gate" else torch.float32)
+    # Else every backward that is timed would begin with a conversion.
+    assert {grad.dtype for grad in gate.exact_results(problem)[1]} == {problem.result_dtype}
+    rows = core.measure(with_problem(case, problem), select((), compiled=False), QUICK)
+    assert {(row.provider.name, row.error) for row in rows} == {(p.name, None) for p in select((), compiled=False)}
+    assert all(row.times for row in rows)
 
 
 def test_sums_held_in_half_are_the_privilege_of_the_baselines():

@@ -3,17 +3,19 @@
 import io
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
 from bench import core, eager, providers, report
-from bench.__main__ import Options, UsageError, main, resolve
+from bench.__main__ import OPS, Options, UsageError, main, plan, resolve
 from bench.case import Size
 from bench.core import Row, Settings
+from bench.isolation import Child
 from bench.providers import Provider
-from bench_cases import QUICK, case_of, rendered
+from bench_cases import QUICK, SMALL, case_of, rendered, with_problem
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +103,72 @@ def test_a_loss_is_marked():
     lines = console.file.getvalue().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("loss: cpu at 0.90 x eager, forward: channel_gate, 2 gates: x 3x8x7x8 float32")
+
+
+def half_row(provider, ratio, flops=None):
+    case = case_of("channel_gate", "2 gates", dtype=torch.float16)
+    return Row(case, Provider(provider), "forward", [1.0], ratio_to_float32=ratio, flops=flops)
+
+
+def test_half_is_compared_with_float32_within_rounds(monkeypatch):
+    """The ratio is of one round, whatever the machine did in the others; and only backends have one."""
+    seconds = {torch.float16: [9.0, 2.0, 20.0, 4.0], torch.float32: [3.0, 30.0, 6.0]}  # half: a first call, then rounds
+    turns, told = [], []
+
+    def step(entrant, problem, grads):
+        dtype = problem.inputs["x"].dtype
+        turns.append((entrant.provider.name, dtype))
+        times = iter(seconds[dtype])
+        return lambda: {"forward": next(times)}
+
+    monkeypatch.setattr(core, "full_step", step)
+    monkeypatch.setattr(core, "saved_bytes", lambda function: 0)
+    half, twin = (case_of("channel_gate", "2 gates", dtype=dtype) for dtype in (torch.float16, torch.float32))
+    settings = Settings(seconds=0.0, min_rounds=3, max_rounds=3, warm_up=0)
+    rows = core.measure(half, [Provider("eager"), Provider("reference")], settings, None, False, told.append, twin)
+    assert turns == [(name, torch.float16) for name in ("eager", "reference")] + [("reference", torch.float32)]
+    assert {(row.provider.name, row.ratio_to_float32) for row in rows if row.mode == "forward"} == {
+        ("eager", None),
+        ("reference", 1.5),
+    }
+    assert set(told) == {"eager", "reference", None} and told[-1] is None
+
+
+def test_a_backend_that_is_wrong_in_float32_has_no_ratio(monkeypatch):
+    half, twin = (case_of("channel_gate", "2 gates", dtype=dtype) for dtype in (torch.float16, torch.float32))
+    problem = twin.setup()
+    problem.exact, problem.fast = problem.fast, lambda x, *gates: problem.eager(1.1 * x, *gates)
+    rows = core.measure(half, [Provider("reference")], QUICK, twin=with_problem(twin, problem))
+    assert {(row.error, row.ratio_to_float32) for row in rows} == {(None, None)}
+    assert all(row.times for row in rows)
+
+
+@pytest.mark.parametrize(
+    "provider, flops, ratio, slow",
+    [
+        ("cpu", None, 0.99, True),
+        ("cpu", None, 1.01, False),
+        ("cpu", 10, 0.88, False),
+        ("cpu", 10, 0.86, True),
+        ("reference", None, 0.3, False),
+    ],
+)
+def test_a_matrix_product_may_take_a_little_longer_in_half(provider, flops, ratio, slow):
+    row = half_row(provider, ratio, flops)
+    assert row.half_loss == slow
+    console = Console(width=200, file=io.StringIO())
+    report.print_losses(console, [row])
+    lines = console.file.getvalue().splitlines()
+    text = rendered([row])
+    assert "x float32" in text and f"{ratio:.2f}" in text
+    assert (" slow" in text) == slow and len(lines) == slow
+    if slow:
+        said = f"slow: cpu at {ratio:.2f} x float32, forward: channel_gate, 2 gates: x 3x8x7x8 float16"
+        assert lines[0].startswith(said)
+
+
+def test_without_float32_there_is_no_such_column():
+    assert "x float32" not in rendered([half_row("cpu", None)])
 
 
 def test_no_ratio_is_taken_to_the_reference():
@@ -220,16 +288,27 @@ def test_quick_run_writes_valid_records(tmp_path, capsys):
     assert "these figures mean nothing" in printed and "copy" in printed.splitlines()[0]
 
 
+def test_a_run_in_two_dtypes_compares_them(tmp_path, capsys):
+    path = tmp_path / "records.json"
+    arguments = ["channel_gate", "--quick", "--no-compile", "--sizes", "7x7", "--json", str(path)]
+    assert main([*arguments, "--dtype", "float16+float32", "float32"]) == 0
+    for record in json.loads(path.read_text()):
+        compared = record["dtype"] != "float32" and record["backend"] is not None and record["mode"] in core.MODES
+        assert (record["ratio_to_float32"] is not None) == compared
+        assert not compared or record["ratio_to_float32"] > 0
+    assert "x float32" in capsys.readouterr().out
+
+
 def test_an_interruption_keeps_what_was_finished(tmp_path, capsys, monkeypatch):
-    path, calls = tmp_path / "records.json", []
+    path, calls, right = tmp_path / "records.json", [], Child.measure
 
     def measure(*arguments):
         calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return core.measure(*arguments)
+        return right(*arguments)
 
-    monkeypatch.setattr("bench.__main__.measure", measure)
+    monkeypatch.setattr(Child, "measure", measure)
     arguments = ["channel_gate", "--quick", "--no-compile", "--backends", "reference", "--json", str(path)]
     assert main(arguments) == 130
     assert len({record["variant"] for record in json.loads(path.read_text())}) == 2
@@ -238,8 +317,15 @@ def test_an_interruption_keeps_what_was_finished(tmp_path, capsys, monkeypatch):
 
 def test_every_op_runs_in_every_dtype_and_layout(capsys):
     arguments = ["--quick", "--no-compile", "--sizes", "7x8", "--backends", "reference", "--layout", "channels_last"]
-    assert main([*arguments, "--dtype", "float16", "bfloat16", "float64"]) == 0
-    assert "failed" not in capsys.readouterr().out
+    dtypes = ("float16", "bfloat16", "float64", "float16+float32", "bfloat16+float32")
+    assert main([*arguments, "--dtype", *dtypes]) == 0
+    printed = capsys.readouterr().out
+    assert "failed" not in printed
+    for op in OPS:
+        for dtype in dtypes:
+            assert (f"{op}, " in printed and f" {dtype} channels_last" in printed) or "+" in dtype
+            titles = [line for line in printed.splitlines() if line.startswith(op) and f" {dtype} channels" in line]
+            assert bool(titles) == (op != "consensus_map" or "+" not in dtype), (op, dtype)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +339,7 @@ def test_every_op_runs_in_every_dtype_and_layout(capsys):
         (["--backends", "abacus"], "--backends: 'abacus' cannot run here; there is "),
         (["--seconds", "nan"], "--seconds must be a positive number of seconds, got nan."),
         (["--compile-limit", "0"], "--compile-limit must be a positive number of seconds, got 0.0."),
+        (["consensus_map", "--dtype", "float16+float32"], "--dtype float16+float32: in consensus_map nothing stands "),
         (["--json", "."], "--json must be a file, and . is a folder."),
     ],
 )
@@ -274,6 +361,22 @@ def test_by_default_a_7x7_case_has_its_twins_at_the_size_of_the_paper():
     assert shapes == [Size(160, 1024, 512, h, w) for h, w in ((7, 7), (14, 14), (7, 8))]
     with pytest.raises(UsageError):
         resolve(Options(dtype=()))
+
+
+def test_half_cases_have_a_twin_where_float32_is_measured():
+    def planned(*dtypes):
+        options = Options(op=("consensus_pool",), dtype=dtypes, layout="channels_last")
+        return plan(options, [SMALL, replace(SMALL, h=14)])
+
+    names = ("float16+float32", "float64", "bfloat16", "float32")
+    for case, tiny, twin in planned(*names):
+        if tiny or case.dtype_name in ("float32", "float64"):
+            assert twin is None
+        else:
+            assert (twin.op, twin.variant, twin.size, twin.layout) == (case.op, case.variant, case.size, case.layout)
+            assert twin.dtype_name == "float32"
+    assert [sum(case.dtype_name == name for case, _, _ in planned(*names)) for name in names] == [5, 9, 9, 9]
+    assert {twin for _, _, twin in planned("float16", "float64")} == {None}
 
 
 def test_the_providers(monkeypatch):
