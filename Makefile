@@ -17,7 +17,8 @@ BENCH ?=
 .PHONY: help train test bench lint format build clean
 
 help:
-	@echo "make train    train M3EM and its baselines on the digits benchmark (DATA=$(DATA), RUN=a new folder under runs/)"
+	@echo "make train    train M3EM and its baselines on the digits benchmark, and M3EM once more without the kernels, for its"
+	@echo "              time (DATA=$(DATA), RUN=a new folder under runs/)"
 	@echo "make test     lint, then every test (TESTS=tests/test_x.py for some of them)"
 	@echo "make bench    time the ops against eager PyTorch and torch.compile, for an hour (BENCH=--quick: arguments of python -m bench)"
 	@echo "make lint     ruff, mypy and clang-format, changing nothing"
@@ -29,7 +30,8 @@ help:
 train: $(VENV)/.train build
 	$(BIN)/python -m m3em_fast.data.digits --out $(DATA)
 	set -e; for method in $(METHODS); do $(BIN)/python train.py --method $$method --data $(DATA) --run $(RUN)/$$method; done
-	$(BIN)/python -m m3em_fast.uda.report $(addprefix $(RUN)/,$(METHODS)) --markdown $(RUN)/comparison.md
+	M3EM_BACKEND=reference $(BIN)/python train.py --method m3em --data $(DATA) --run $(RUN)/m3em-reference
+	$(BIN)/python -m m3em_fast.uda.report $(addprefix $(RUN)/,$(METHODS)) --reference $(RUN)/m3em-reference --markdown $(RUN)/comparison.md
 
 # loadfile: the tests of a file share what its fixtures made.
 test: lint build

@@ -25,6 +25,7 @@ def scores(first):
 
 def make_run(method, target_action=None, epochs=3, steps=4):
     history = {split: [scores(10 * e + 50 * i) for e in range(epochs)] for i, split in enumerate(SPLITS)}
+    history["loss"] = [11.0] * (epochs * steps)
     history["terms"] = [{"classification": 9.0 - s, "attentive_entropy": 2.0 + s} for s in range(epochs * steps)]
     results = {split: copy.deepcopy(history[split][-1]) for split in SPLITS}
     if target_action is not None:
@@ -33,10 +34,22 @@ def make_run(method, target_action=None, epochs=3, steps=4):
     return {"method": method, "results": results, "floor": floor, "history": history}
 
 
-def save(folder, metrics):
+def save(folder, metrics, about=None):
     folder.mkdir()
     (folder / "metrics.json").write_text(metrics if isinstance(metrics, str) else json.dumps(metrics))
+    if about is not None:
+        (folder / "run.json").write_text(json.dumps(about))
     return folder
+
+
+def about(served, seconds, device="cpu", seed=0, **options):
+    """As much of run.json as the comparison of backends reads."""
+    return {
+        "options": {"method": "m3em", "data": "somewhere", "device": device, **options},
+        "data": {"benchmark": "digits", "config": {"seed": seed}},
+        "seconds": seconds,
+        "environment": {"backends": {"in force": "auto", "serves cpu tensors": served, "serves cuda tensors": "cuda"}},
+    }
 
 
 def call(monkeypatch, capsys, *arguments):
@@ -98,11 +111,85 @@ def test_the_command_prints_the_table_and_writes_it_as_markdown(tmp_path, monkey
     assert code == 0 and "Target action" not in out and len((tmp_path / "one.md").read_text().splitlines()) == 4
 
 
+def two_backends(folder, mine=None, its=None):
+    """A run on the kernels and the one on the reference; their first 20 losses differ by a millionth at most."""
+    own, other = make_run("m3em", 34.6, steps=10), make_run("m3em", 34.1, steps=10)
+    other["history"]["loss"] = [2.0] * 20 + [1.0] * 10
+    own["history"]["loss"] = [2.0] * 7 + [2.0 - 2e-6] + [2.0 + 1e-6] * 12 + [9.0] * 10
+    kernels = save(folder / "m3em", own, mine or about("cpu", 24.04))
+    return kernels, save(folder / "m3em-reference", other, its or about("reference", 48.08, data="somewhere else"))
+
+
+TWICE = "m3em trains 2.00 times as fast on cpu as on reference; "
+TWICE += "the first 20 losses differ by 1e-06 of their value at most."
+
+
+def test_the_same_training_on_two_backends(tmp_path, monkeypatch, capsys):
+    kernels, reference = two_backends(tmp_path)
+    ta3n = save(tmp_path / "ta3n", make_run("ta3n", 30.0))
+    header, rows, said = report.compare_backends([ta3n, kernels], reference)
+    assert header == ["ops served by", "seconds"] + [f"target test: {kind}" for kind in KINDS]
+    assert rows == [
+        ["cpu", "24.0", "70.0 / 71.0", "72.0 / 73.0", "34.6 / 75.0"],
+        ["reference", "48.1", "70.0 / 71.0", "72.0 / 73.0", "34.1 / 75.0"],
+    ]
+    assert said == TWICE
+
+    arguments = (ta3n, kernels, "--reference", reference, "--markdown", tmp_path / "table.md")
+    code, out, err = call(monkeypatch, capsys, *arguments)
+    assert (code, err) == (0, "")
+    assert TWICE in out.splitlines()
+    assert max(map(len, out.splitlines())) <= 120
+    for name, seconds in (("cpu", "24.0"), ("reference", "48.1")):
+        (line,) = [line for line in out.splitlines() if line.strip("│ ").startswith(name)]
+        assert seconds in line and line.count(" / ") == 3
+    assert sum(line.strip("│ ").startswith("m3em ") and " / " in line for line in out.splitlines()) == 1
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert table[-6:] == [
+        "| " + " | ".join(header) + " |",
+        "|---|---:|---:|---:|---:|",
+        *("| " + " | ".join(cells) + " |" for cells in rows),
+        "",
+        TWICE,
+    ]
+    assert table[-7] == "" and len(table) == 5 + 7
+
+
+def test_what_is_not_the_same_training_is_not_compared(tmp_path, monkeypatch, capsys):
+    good = about("cpu", 1.0)
+    broken = {**good, "environment": {"backends": {"failed": "OSError: no"}}}
+    cases = [
+        (good, about("cpu", 1.0), "m3em-reference was trained on cpu: set M3EM_BACKEND=reference."),
+        (good, about("reference", 1.0, device="cuda"), "m3em-reference was trained on cuda: set M3EM_BACKEND"),
+        (good, about("reference", 1.0, lr_steps=[2]), "is not the same training as "),
+        (good, about("reference", 1.0, lr_steps=[2]), ": --lr-steps differs."),
+        (good, about("reference", 1.0, seed=1), ": --data differs."),
+        (broken, about("reference", 1.0), "does not say how it was trained"),
+        (good, {}, "does not say how it was trained"),
+    ]
+    for i, (mine, its, message) in enumerate(cases):
+        (tmp_path / str(i)).mkdir()
+        kernels, reference = two_backends(tmp_path / str(i), mine, its or {"options": {}})
+        code, out, err = call(monkeypatch, capsys, kernels, "--reference", reference)
+        assert (code, out) == (2, "") and message in err and err.count("\n") == 1, (message, err)
+    kernels, reference = two_backends(tmp_path)
+    ta3n = save(tmp_path / "ta3n", make_run("ta3n"))
+    for runs, other, message in (
+        ([ta3n], reference, "m3em-reference is a run of m3em, and no other run is."),
+        ([kernels], tmp_path / "nowhere", "nowhere holds no finished run of train.py"),
+        ([kernels], save(tmp_path / "half", make_run("m3em")), "half holds no finished run of train.py"),
+    ):
+        code, out, err = call(monkeypatch, capsys, *runs, "--reference", other)
+        assert (code, out) == (2, "") and message in err and err.count("\n") == 1, (message, err)
+
+
 def test_complaints_are_one_sentence_and_code_2(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     good = save(tmp_path / "good", make_run("ta3n"))
     lacking = make_run("ta3n")
     del lacking["floor"]
+    silent = make_run("ta3n")
+    del silent["history"]["loss"]
     cases = {
         (tmp_path / "nowhere",): "nowhere holds no finished run of train.py",
         (tmp_path / "empty",): "empty holds no finished run of train.py",
@@ -112,6 +199,7 @@ def test_complaints_are_one_sentence_and_code_2(tmp_path, monkeypatch, capsys):
         (save(tmp_path / "number", "5"),): "is no metrics file of train.py",
         (save(tmp_path / "list", "[]"),): "is no metrics file of train.py",
         (save(tmp_path / "lacking", lacking),): "is no metrics file of train.py",
+        (save(tmp_path / "silent", silent),): "is no metrics file of train.py",
         (save(tmp_path / "hollow", json.dumps({**make_run("ta3n"), "results": {}})),): "is no metrics file of train.py",
         (): "name at least one run folder",
         (good, "--markdown", tmp_path / "no" / "table.md"): "No such file or directory",

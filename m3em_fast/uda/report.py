@@ -1,4 +1,7 @@
-"""Tables and pictures of runs: ``python -m m3em_fast.uda.report RUN [RUN ...]`` compares what train.py left behind."""
+"""Tables and pictures of runs: ``python -m m3em_fast.uda.report RUN [RUN ...]`` compares what train.py left behind.
+
+With ``--reference RUN`` also one training in time: the same one, done under M3EM_BACKEND=reference.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from m3em_fast.data.store import FeatureStore
     from m3em_fast.uda.model import ActionModel
 
-__all__ = ["compare", "draw_consensus", "draw_curves", "load_metrics", "print_table"]
+__all__ = ["compare", "compare_backends", "draw_consensus", "draw_curves", "load_metrics", "print_table"]
 
 KINDS = ("verb", "noun", "action")
 SPLITS = {"source_val": "source validation", "target_test": "target test"}
@@ -32,6 +35,7 @@ FLOOR = "majority class"
 ORDER = ("source_only", "ta3n", "m3em")
 MAP_COLOURS = "RdYlGn"
 COLOURS = {"verb": "tab:blue", "noun": "tab:orange", "action": "tab:green"}
+FIRST_LOSSES = 20  # how many are compared: later ones drift apart, as those of two seeds do
 
 
 class ReportError(ValueError):
@@ -44,7 +48,7 @@ def load_metrics(run: Path) -> dict[str, Any]:
     try:
         metrics = json.loads(path.read_text())
         compare([metrics])  # reads every number that the table will show
-        if not {"terms", *SPLITS} <= set(metrics["history"]):
+        if not {"loss", "terms", *SPLITS} <= set(metrics["history"]):
             raise ValueError
     except FileNotFoundError as error:
         raise ReportError(f"{path} does not exist: {run} holds no finished run of train.py.") from error
@@ -75,28 +79,90 @@ def ordering(runs: list[dict[str, Any]]) -> str | None:
     return f"Target action top-1: {chain}: {'holds' if holds else 'does NOT hold'} in this run."
 
 
-def print_table(runs: list[Path]) -> list[dict[str, Any]]:
-    metrics = [load_metrics(run) for run in runs]
-    header, rows = compare(metrics)
-    table = Table(title="Accuracy in percent, top-1 / top-5, last epoch", header_style="bold")
+def _load_about(run: Path) -> tuple[dict[str, Any], float, str]:
+    """From ``run.json``: what has to be equal for two trainings to be the same, seconds, and whose kernels served."""
+    path = run / "run.json"
+    try:
+        about = json.loads(path.read_text())
+        options = about["options"]
+        served = about["environment"]["backends"][f"serves {options['device']} tensors"]
+        return {**options, "data": about["data"]}, float(about["seconds"]), str(served)
+    except FileNotFoundError as error:
+        raise ReportError(f"{path} does not exist: {run} holds no finished run of train.py.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ReportError(f"{path} does not say how it was trained; train.py of this version would have.") from error
+
+
+def compare_backends(runs: list[Path], reference: Path) -> tuple[list[str], list[list[str]], str]:
+    """Header, rows and a sentence on one training and the same one under M3EM_BACKEND=reference.
+
+    Args:
+        runs: the run of the same method among them is the one that is meant.
+        reference: the other one.
+    """
+    other = load_metrics(reference)
+    method = other["method"]
+    found = [(run, own) for run in runs if (own := load_metrics(run))["method"] == method]
+    if not found:
+        raise ReportError(f"--reference {reference} is a run of {method}, and no other run is.")
+    run, own = found[0]
+    (how, seconds, served), (its_how, its_seconds, its_served) = _load_about(run), _load_about(reference)
+    if its_served != "reference":
+        raise ReportError(f"--reference {reference} was trained on {its_served}: set M3EM_BACKEND=reference.")
+    if changed := sorted(name for name in {*how, *its_how} if how.get(name) != its_how.get(name)):
+        name = changed[0].replace("_", "-")
+        raise ReportError(f"--reference {reference} is not the same training as {run}: --{name} differs.")
+    header = ["ops served by", "seconds", *(f"{SPLITS['target_test']}: {kind}" for kind in KINDS)]
+    rows = []
+    for name, time, metrics in ((served, seconds, own), (its_served, its_seconds, other)):
+        scores = metrics["results"]["target_test"]
+        cells = [f"{scores[f'{kind}_top1']:.1f} / {scores[f'{kind}_top5']:.1f}" for kind in KINDS]
+        rows.append([name, f"{time:.1f}", *cells])
+    losses = [np.array(metrics["history"]["loss"][:FIRST_LOSSES]) for metrics in (own, other)]
+    difference = (abs(losses[0] - losses[1]) / abs(losses[1])).max()
+    return (
+        header,
+        rows,
+        (
+            f"{method} trains {its_seconds / seconds:.2f} times as fast on {served} as on {its_served}; "
+            f"the first {len(losses[0])} losses differ by {difference:.1g} of their value at most."
+        ),
+    )
+
+
+def _table(title: str, header: list[str], rows: list[list[str]], dim: int | None = None) -> Table:
+    table = Table(title=title, header_style="bold")
     for i, name in enumerate(header):
         table.add_column(name.replace(": ", "\n"), justify="left" if i == 0 else "right", no_wrap=i == 0)
     for i, cells in enumerate(rows):
-        table.add_row(*cells, style="dim" if i == 0 else None)
+        table.add_row(*cells, style="dim" if i == dim else None)
+    return table
+
+
+def print_table(runs: list[Path], reference: Path | None = None) -> list[dict[str, Any]]:
+    metrics = [load_metrics(run) for run in runs]
+    times = None if reference is None else compare_backends(runs, reference)
     # A log file has no width of its own, and 80 columns would cut every cell in two.
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    console.print(table)
+    console.print(_table("Accuracy in percent, top-1 / top-5, last epoch", *compare(metrics), dim=0))
     if sentence := ordering(metrics):
         console.print(sentence)
+    if times is not None:
+        console.print(_table("The same training twice", *times[:2]), times[2], sep="\n")
     return metrics
 
 
-def markdown(metrics: list[dict[str, Any]]) -> str:
-    header, rows = compare(metrics)
+def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" + "---:|" * (len(header) - 1)]
-    lines += ["| " + " | ".join(cells) + " |" for cells in rows]
+    return lines + ["| " + " | ".join(cells) + " |" for cells in rows]
+
+
+def markdown(metrics: list[dict[str, Any]], times: tuple[list[str], list[list[str]], str] | None = None) -> str:
+    lines = _markdown_table(*compare(metrics))
     if sentence := ordering(metrics):
         lines += ["", sentence]
+    if times is not None:
+        lines += ["", *_markdown_table(*times[:2]), "", times[2]]
     return "\n".join(lines) + "\n"
 
 
@@ -189,6 +255,9 @@ class Options:
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run folders."""
+    reference: Path | None = None
+    """Folder of a run with the options of one of the others, made under M3EM_BACKEND=reference: compare their times,
+    first losses and accuracies. Both in one go: of a resumed run only the last part is timed."""
     markdown: Path | None = None
     """Also write the table as Markdown to this file."""
 
@@ -198,9 +267,10 @@ def main() -> int:
     try:
         if not options.runs:
             raise ReportError("name at least one run folder.")
-        metrics = print_table(list(options.runs))
+        metrics = print_table(list(options.runs), options.reference)
         if options.markdown is not None:
-            options.markdown.write_text(markdown(metrics))
+            times = None if options.reference is None else compare_backends(list(options.runs), options.reference)
+            options.markdown.write_text(markdown(metrics, times))
     except (ReportError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
