@@ -14,7 +14,7 @@ TESTS ?=
 BENCH ?=
 
 .NOTPARALLEL:
-.PHONY: help train test bench lint format build clean
+.PHONY: help train test bench lint format build wheel clean
 
 help:
 	@echo "make train    train M3EM and its baselines on the digits benchmark, and M3EM once more without the kernels, for its"
@@ -24,6 +24,7 @@ help:
 	@echo "make lint     ruff, mypy and clang-format, changing nothing"
 	@echo "make format   let ruff and clang-format rewrite what they can"
 	@echo "make build    compile csrc/, as far as it has changed"
+	@echo "make wheel    dist/: a manylinux wheel for this Python and the source archive"
 	@echo "make clean    remove what was built, and the virtual environment; data/ and runs/ stay"
 	@echo "PY=python3.12 chooses the Python of the virtual environment, CXX=clang++ the compiler."
 
@@ -56,6 +57,17 @@ format: $(VENV)/.dev
 build: $(VENV)/.made
 	@test -e $(VENV)/.train -o -e $(VENV)/.dev || $(MAKE) $(VENV)/.train
 	$(BIN)/python setup.py --quiet build_ext --inplace
+
+# From the archive and in isolation, as whoever installs the archive builds it. No cache: pip takes an archive of the same
+# name and place for the one that it has built before.
+wheel: $(VENV)/.dev
+	rm -rf build/wheel
+	$(BIN)/python setup.py -q sdist -d build/wheel
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip --disable-pip-version-check \
+		wheel -v --no-cache-dir --no-deps -w build/wheel build/wheel/*.tar.gz
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+	@ls dist
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache m3em_fast/_C.* m3em_fast/_C_missing.txt

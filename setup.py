@@ -38,8 +38,11 @@ if platform.machine().lower() not in ("x86_64", "amd64"):
 SOURCES = sorted(p.relative_to(ROOT).as_posix() for d in ("csrc", "csrc/cpu") for p in (ROOT / d).glob("*.cpp"))
 HEADERS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.h"))
 CFLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
-# --as-needed: libgomp is asked for at load time only once a kernel uses it. A loader that has torch's copy takes that.
-SHARED = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-Wl,--as-needed"]
+# --as-needed: csrc/openmp.cpp defines what g++'s code calls of OpenMP, so that libgomp is not needed. -z now: all of it
+# is then found in one library, even if another one is loaded between two calls.
+SHARED = ["-shared", "-Wl,--as-needed,-z,now"]
+if sys.platform == "darwin":
+    SHARED = ["-bundle", "-undefined", "dynamic_lookup"]
 # pip hides what a build prints, so why there is no extension is also left where m3em_fast.env finds it.
 NOTE = "_C_missing.txt"
 COST = "m3em_fast is built without its compiled kernels: every op works, in plain PyTorch, which is slower."
@@ -91,9 +94,11 @@ def find_ninja() -> str:
 
 def openmp_flags(cxx: list[str], flags: list[str]) -> list[str]:
     """-fopenmp where the compiler can compile and link with it. A compiler that can build nothing at all is missing."""
-    program = "#include <omp.h>\nint n() { return omp_get_max_threads(); }\n"
+    # <vector>: a compiler can come without the standard library's headers.
+    plain = "#include <vector>\nint n() { return std::vector<int>(1)[0]; }\n"
+    program = f"#include <omp.h>\nint threads() {{ return omp_get_max_threads(); }}\n{plain}"
     with tempfile.TemporaryDirectory() as tmp:
-        for code, openmp in ((program, ["-fopenmp"]), ("int n() { return 1; }\n", [])):
+        for code, openmp in ((program, ["-fopenmp"]), (plain, [])):
             command = [*cxx, *flags, *openmp, *SHARED, "-x", "c++", "-", "-o", str(Path(tmp) / "probe.so")]
             done = subprocess.run(command, input=code, text=True, capture_output=True)
             if done.returncode == 0:

@@ -29,11 +29,14 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from m3em_fast import _openmp
+
 Function = TypeVar("Function", bound=Callable)
 
 native: Any
 try:
     # After torch, whose OpenMP library the kernels then share.
+    _openmp.offer()
     native = importlib.import_module("m3em_fast._C")
 except ImportError as error:
     native = None

@@ -22,7 +22,10 @@ from typing import Any
 PACKAGE = Path(__file__).resolve().parent
 INSTRUCTION_SETS = ("sse2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_fp16", "avx512_bf16", "asimd")
 # Beside our own variables, those that most often explain why two machines differ.
-VARIABLES = re.compile(r"M3EM_\w+|(OMP|MKL)_NUM_THREADS|CUDA_VISIBLE_DEVICES|TRITON_INTERPRET|LD_PRELOAD")
+VARIABLES = re.compile(
+    r"(M3EM|OMP|GOMP|KMP|MKL|PYTORCH)_\w+|CUDA_VISIBLE_DEVICES|TRITON_INTERPRET|LD_PRELOAD|LD_LIBRARY_PATH"
+    r"|CXX|CXXFLAGS|LDFLAGS"
+)
 
 
 def _tilde(path: Path) -> str:
@@ -75,16 +78,26 @@ def _extension() -> dict[str, Any]:
     try:
         module = importlib.import_module("m3em_fast._C")
         # Where two checkouts meet in one environment, the library of the other one can be what was found.
-        return {"built": True, "from": _tilde(Path(module.__file__ or "").parent), **module.build_info()}
+        found, built = Path(module.__file__ or ""), module.build_info()
+        return {"built": True, "from": _tilde(found.parent), **built, "threads": _threads(found, built["openmp"])}
     except ImportError as error:
         note = PACKAGE / "_C_missing.txt"
         if note.exists():
-            reason = note.read_text().strip()
+            reason = f"{note.read_text().strip()} Every op works, in plain PyTorch, which is slower."
         elif any(PACKAGE.glob("_C.*.so")):
             reason = f"The compiled file is there and does not load: {error}"
         else:
             reason = "It has not been compiled here (python setup.py build_ext --inplace)."
         return {"built": False, "reason": reason}
+
+
+def _threads(extension: Path, openmp: int | None) -> str:
+    """Whose threads the kernels use."""
+    from m3em_fast import _openmp
+
+    if (library := _openmp.library(str(extension))) is not None:
+        return f"those of {_tilde(library)}"
+    return f"one, for {'the build had no OpenMP' if openmp is None else 'no OpenMP library was found'}"
 
 
 def _processor() -> dict[str, Any]:
@@ -110,9 +123,15 @@ def _torch() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "interop_threads": torch.get_num_interop_threads(),
         "cuda_build": torch.version.cuda,
+        "nvidia_driver": _nvidia_driver(),
         "cudnn": cudnn,
         "compiled_for": torch.cuda.get_arch_list(),
     }
+
+
+def _nvidia_driver() -> str | None:
+    version = Path("/proc/driver/nvidia/version")
+    return version.read_text().splitlines()[0].strip() if version.exists() else None
 
 
 def _devices() -> list[dict[str, Any]]:
@@ -139,7 +158,9 @@ def _libraries() -> dict[str, str | None]:
 
 
 def _variables() -> dict[str, str]:
-    return {name: value for name, value in sorted(os.environ.items()) if VARIABLES.fullmatch(name)}
+    found = {name: value for name, value in sorted(os.environ.items()) if VARIABLES.fullmatch(name)}
+    home = str(Path.home())
+    return {name: value.replace(home, "~") if len(home) > 1 else value for name, value in found.items()}
 
 
 PROBES: dict[str, Callable[[], Any]] = {

@@ -5,42 +5,13 @@ import importlib.metadata
 import json
 import os
 import re
-import shutil
-import subprocess
 import sys
-import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
 
+from build_cases import ROOT, build_info, clean_tree, extension, run, said_by_the_build, version
 from m3em_fast import env
-
-ROOT = Path(__file__).resolve().parents[1]
-
-LOAD = """
-import importlib.util, json, sys
-spec = importlib.util.spec_from_file_location("m3em_fast._C", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-print(json.dumps(module.build_info()))
-"""
-
-
-def run(*command, cwd, expect=0, **variables):
-    """Standard output and error as one text; the build's own variables come from the test only."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("CXX", "CXXFLAGS", "LDFLAGS", "PYTHONPATH")}
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env=clean | {name: str(value) for name, value in variables.items()},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == expect, done.stdout
-    return done.stdout
 
 
 def build(tree, *, expect=0, **variables):
@@ -62,32 +33,9 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     return run(sys.executable, "-c", program, module, *arguments, cwd=tree)
 
 
-def extension(tree):
-    found = [p for p in (tree / "m3em_fast").glob("_C.*") if p.suffix != ".pyi"]
-    assert len(found) <= 1, found
-    return found[0] if found else None
-
-
-def build_info(library):
-    # -S leaves out site-packages: what loads here needs neither torch nor anything else that is installed.
-    return json.loads(run(sys.executable, "-I", "-S", "-c", LOAD, library, cwd="/"))
-
-
-def version():
-    return re.search(r'__version__ = "(.+)"', (ROOT / "m3em_fast/_version.py").read_text())[1]
-
-
 @pytest.fixture
 def tree(tmp_path):
-    """What a clean checkout holds, as far as the build is concerned."""
-    target = tmp_path / "tree"
-    unbuilt = shutil.ignore_patterns("__pycache__", "_C.*", "_C_missing.txt")
-    for name in ("csrc", "m3em_fast", "tests"):
-        shutil.copytree(ROOT / name, target / name, ignore=unbuilt)
-    for path in ROOT.iterdir():
-        if path.is_file():
-            shutil.copy(path, target)
-    return target
+    return clean_tree(tmp_path / "tree")
 
 
 def test_build_requirements_are_few():
@@ -95,39 +43,6 @@ def test_build_requirements_are_few():
     project = toml.loads((ROOT / "pyproject.toml").read_text())
     names = {re.match(r"[\w-]+", requirement)[0] for requirement in project["build-system"]["requires"]}
     assert names == {"setuptools", "pybind11", "ninja"}
-
-
-def test_source_archive_builds_a_whole_wheel_in_isolation(tree, tmp_path):
-    run(sys.executable, "setup.py", "-q", "sdist", cwd=tree)
-    (archive,) = (tree / "dist").glob("*.tar.gz")
-    with tarfile.open(archive) as packed:
-        inside = {name.partition("/")[2] for name in packed.getnames()}
-    assert inside >= {"Makefile", "constraints.txt", "train.py", "csrc/bindings.cpp", "tests/test_build.py", "LICENSE"}
-
-    # Old and new versions of pip take the constraints for build requirements from one or the other.
-    exact = {"PIP_CONSTRAINT": tree / "constraints.txt", "PIP_BUILD_CONSTRAINT": tree / "constraints.txt"}
-    run(sys.executable, "-m", "pip", "wheel", archive, "--no-deps", "-w", tmp_path / "wheel", cwd=tmp_path, **exact)
-    (wheel,) = (tmp_path / "wheel").glob("*.whl")
-    installed = tmp_path / "installed"
-    with zipfile.ZipFile(wheel) as packed:
-        packed.extractall(installed)
-    assert build_info(extension(installed))["version"] == version()
-
-    files = {p.relative_to(installed).as_posix() for p in installed.rglob("*") if p.is_file()}
-    package = {p.relative_to(tree).as_posix() for p in (tree / "m3em_fast").rglob("*.py")}
-    info = f"m3em_fast-{version()}.dist-info"
-    binary = extension(installed).relative_to(installed).as_posix()
-    assert {name for name in files if not name.startswith(info)} == package | {binary}
-    assert f"{info}/licenses/LICENSE" in files
-    metadata = (installed / info / "METADATA").read_text()
-    core = {line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line}
-    assert {re.match(r"Requires-Dist: (\w+)", line)[1] for line in core} == {"torch", "numpy"}
-
-    program = "import sys; sys.path.insert(0, sys.argv[1]); import m3em_fast; from m3em_fast import _C, env; "
-    program += "print(m3em_fast.__file__, _C.build_info()['version'] == m3em_fast.__version__, env.PACKAGE)"
-    home = (installed / "m3em_fast").resolve()
-    said = run(sys.executable, "-I", "-c", program, installed, cwd="/").splitlines()[-1]
-    assert said == f"{home / '__init__.py'} True {home}"
 
 
 def test_build_in_place_compiles_only_what_changed(tree):
@@ -156,7 +71,7 @@ def test_build_in_place_compiles_only_what_changed(tree):
 
 def test_compile_error_fails_with_the_compilers_message(tree):
     (tree / "csrc/bindings.cpp").write_text("int broken() { return no_such_name; }\n")
-    said = build(tree, expect=1)
+    said = build(tree, expect=1, CXXFLAGS="-O0")
     assert "csrc/bindings.cpp:1:" in said
     assert "no_such_name" in said
     assert "m3em_fast: csrc/ did not compile; the compiler's message is above." in said
@@ -166,10 +81,10 @@ def test_compile_error_fails_with_the_compilers_message(tree):
 def test_without_a_compiler_the_package_works_and_says_so_in_one_line(tree):
     (tree / "csrc/bindings.cpp").write_text("int nothing() { return 0; }\n")
     # A library from an earlier build, in both places, must not pass for the result of this one.
-    build(tree)
+    build(tree, CXXFLAGS="-O0")
     assert extension(tree) and list((tree / "build").glob("lib*/m3em_fast/_C.*"))
     said = build(tree, CXX="/nonexistent/c++")
-    (line,) = [line for line in said.splitlines() if line.startswith("m3em_fast:")]
+    line = said_by_the_build(said)
     assert "/nonexistent/c++" in line and "g++" in line and "slower" in line
     assert "Traceback" not in said
     assert extension(tree) is None and not list((tree / "build").glob("lib*/m3em_fast/_C.*"))
@@ -184,26 +99,88 @@ def test_without_a_compiler_the_package_works_and_says_so_in_one_line(tree):
     }
 
     # The reason goes when its cause has gone.
-    build(tree)
+    build(tree, CXXFLAGS="-O0")
     assert extension(tree) and not (tree / "m3em_fast/_C_missing.txt").exists()
 
 
+# What is hidden -> how, inside every process of the install, and what the one line then says.
+HIDDEN = {
+    "compiler": ("", "There is no C++ compiler (on Debian: apt install g++)."),
+    "Python.h": (
+        "import sysconfig; real = sysconfig.get_path\n"
+        "sysconfig.get_path = lambda name, *a, **k: '/nonexistent' if name == 'include' else real(name, *a, **k)",
+        "Python.h is missing (on Debian: apt install python3-dev).",
+    ),
+    "pybind11": ("import sys; sys.modules['pybind11'] = None", "pybind11 is missing (pip install pybind11)."),
+    "ninja": (
+        "import shutil, sys; sys.modules['ninja'] = None; real = shutil.which\n"
+        "shutil.which = lambda name, *a, **k: None if name == 'ninja' else real(name, *a, **k)",
+        "ninja is missing (pip install ninja).",
+    ),
+}
+
+# Every op, forward and backward, in the installed package alone.
+OPS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from m3em_fast import env, ops
+x = torch.ones(2, 4, 3, 3, requires_grad=True)
+gate, weight = torch.full((2, 4), 0.5), torch.ones(5, 4)
+cmap = ops.consensus_map(x, 2 * x, num_scales=1)
+outs = [ops.channel_gate(x, gate), ops.consensus_pool(x, cmap), ops.gated_projection(x, [gate], weight)]
+outs += [cmap, ops.gated_consensus_pool(x, [gate], cmap)]
+sum(out.sum() for out in outs).backward()
+print([round(out.mean().item(), 4) for out in outs], bool(x.grad.isfinite().all()), env.PACKAGE)
+print(env.report()["extension"]["reason"])
+"""
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_install_without_a_tool_succeeds_and_everything_runs_on_what_is_left(tree, tmp_path, hidden):
+    how, missing = HIDDEN[hidden]
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide/sitecustomize.py").write_text(how)
+    variables = {"PYTHONPATH": tmp_path / "hide"}
+    if hidden == "compiler":
+        variables["PATH"] = "/nonexistent"
+    options = ("-v", "--no-index", "--no-deps", "--no-build-isolation", "--target", tmp_path / "installed")
+    said = run(sys.executable, "-m", "pip", "install", *options, tree, cwd=tmp_path, **variables)
+    line = said_by_the_build(said)
+    assert missing in line and "every op works, in plain PyTorch, which is slower" in line
+
+    ran, reason = run(sys.executable, "-I", "-c", OPS, tmp_path / "installed", cwd="/").splitlines()[-2:]
+    home = (tmp_path / "installed/m3em_fast").resolve()
+    # Maps that are twice each other agree: 1, and the pooling weight is 2.
+    assert ran == f"[0.5, 2.0, 2.0, 1.0, 1.0] True {home}"
+    assert reason == f"{missing} Every op works, in plain PyTorch, which is slower."
+
+
 def test_compiler_that_cannot_compile_counts_as_missing(tree):
-    said = build(tree, CXX="false")
-    (line,) = [line for line in said.splitlines() if line.startswith("m3em_fast:")]
-    assert "false cannot build a shared library" in line
+    assert "false cannot build a shared library" in said_by_the_build(build(tree, CXX="false"))
+    assert extension(tree) is None
+
+
+def compiler(path, script):
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_compiler_without_the_standard_librarys_headers_counts_as_missing(tree, tmp_path):
+    bare = compiler(tmp_path / "c++", 'exec g++ -nostdinc++ "$@"')
+    line = said_by_the_build(build(tree, CXX=bare))
+    assert "cannot build a shared library" in line and "vector" in line
     assert extension(tree) is None
 
 
 def test_compiler_without_openmp_builds_for_one_thread(tree, tmp_path):
-    compiler = tmp_path / "c++"
-    compiler.write_text(
-        '#!/bin/sh\ncase " $* " in *" -fopenmp "*) echo "error: no OpenMP" >&2; exit 1;; esac\nexec g++ "$@"\n'
-    )
-    compiler.chmod(0o755)
-    said = build(tree, CXX=compiler, CXXFLAGS="-O0")
-    assert "has no OpenMP, so the kernels will run on one thread" in said
+    refuse = 'case " $* " in *" -fopenmp "*) echo "error: no OpenMP" >&2; exit 1;; esac'
+    said = build(tree, CXX=compiler(tmp_path / "c++", f'{refuse}\nexec g++ "$@"'), CXXFLAGS="-O0")
+    assert "has no OpenMP, so the kernels will run on one thread" in said_by_the_build(said)
     assert build_info(extension(tree))["openmp"] is None
+    found = json.loads(python_in(tree, "m3em_fast.env", "--json"))
+    assert found["extension"]["threads"] == "one, for the build had no OpenMP"
 
 
 def test_environment_report_of_this_checkout():
@@ -215,14 +192,16 @@ def test_environment_report_of_this_checkout():
     assert found["extension"]["from"] == found["package"]["from"]
     assert found["extension"]["version"] == version()
     assert found["extension"]["compiler"].split()[0] in ("gcc", "clang")
+    assert re.match(r"those of \S+|one, for", found["extension"]["threads"])
     assert found["torch"]["version"] == importlib.metadata.version("torch")
     assert found["libraries"]["numpy"] == importlib.metadata.version("numpy")
     assert found["variables"]["M3EM_BACKEND"] == "reference"
     assert found["backends"]["serves cpu tensors"] == "reference"
 
-    text = run(sys.executable, "-m", "m3em_fast.env", cwd=ROOT)
+    text = run(sys.executable, "-m", "m3em_fast.env", cwd=ROOT, LD_LIBRARY_PATH=Path.home() / "lib")
     assert re.search(rf"^  version +{re.escape(version())}$", text, re.MULTILINE)
     assert re.search(r"^  serves cpu tensors +cpu$", text, re.MULTILINE)
+    assert re.search(r"^  LD_LIBRARY_PATH +~/lib$", text, re.MULTILINE)
     assert str(Path.home()) + os.sep not in text
 
 
