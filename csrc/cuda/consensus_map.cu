@@ -10,58 +10,10 @@
 // Chunks and tiles depend on D, H, W and the dtype alone, and every sum has one order, so a sample's result does not
 // depend on the others in the batch nor on the card.
 #include "cuda/consensus_map.cuh"
+#include "cuda/scales.cuh"
 
 namespace m3em {
 namespace {
-
-// Sizes of the scales; constants of the compiler where H0, W0 and S0 are not 0.
-template <int H0, int W0, int S0>
-struct Geometry {
-    int h, w, scales, positions, cells;
-
-    __device__ Geometry(const ConsensusMapArguments &m)
-        : h(H0 ? H0 : m.h), w(W0 ? W0 : m.w), scales(S0 ? S0 : m.scales), positions(h * w), cells(first(scales)) {}
-    __device__ int rows(int k) const { return h >> k > 1 ? h >> k : 1; }
-    __device__ int columns(int k) const { return w >> k > 1 ? w >> k : 1; }
-    // The first cell of a scale, counted over all scales.
-    __device__ int first(int k) const {
-        int cell = 0;
-        for (int i = 0; i < k; ++i)
-            cell += rows(i) * columns(i);
-        return cell;
-    }
-    __device__ int scale_of(int cell) const {
-        int k = 0;
-        while (k + 1 < scales && cell >= first(k + 1))
-            ++k;
-        return k;
-    }
-    __device__ int pooled_pitch() const { return odd(cells - positions); }
-    __device__ int pitch() const { return odd(positions); }
-};
-
-// torch's windows of adaptive pooling: cell i of `size` holds positions [start, stop) of `length`.
-__device__ inline int window_start(int i, int length, int size) { return i * length / size; }
-__device__ inline int window_stop(int i, int length, int size) { return ((i + 1) * length + size - 1) / size; }
-// And the other way: the cells [first, last) that hold a position.
-__device__ inline int holder_first(int p, int length, int size) { return p * size / length; }
-__device__ inline int holder_last(int p, int length, int size) { return ((p + 1) * size + length - 1) / length; }
-
-// The two cells that linear upsampling reads for a position, and the share of the second, from whole numbers.
-template <class A>
-struct Taps {
-    int low, high;
-    A share;
-    __device__ Taps(int p, int length, int size) {
-        const int at = (2 * p + 1) * size - length, unit = 2 * length;
-        low = at <= 0 ? 0 : at / unit;
-        low = low < size - 1 ? low : size - 1;
-        high = low + 1 < size ? low + 1 : low;
-        share = at <= 0 || high == low ? A(0) : A(at - low * unit) / A(unit);
-    }
-    // The weight of one cell.
-    __device__ A of(int cell) const { return (cell == low ? A(1) - share : A(0)) + (cell == high ? share : A(0)); }
-};
 
 // How the sums of `count` channels take up those of `more` (Chan's formula).
 template <class A>
