@@ -55,8 +55,11 @@ def gates(op: str, value: Any, x: Tensor) -> tuple[Tensor, ...]:
     if not value:
         raise ValueError(f"{op}: gates must hold at least one tensor (N,C), got none")
     n, c, _, _ = x.shape
-    wanted = (n, c)
+    wanted, dtype, on_cpu = (n, c), x.dtype, x.is_cpu
     for i, gate in enumerate(value):
+        plain = type(gate) is Tensor and gate.dtype is dtype and on_cpu and gate.is_cpu and gate.shape == wanted
+        if plain and gate.layout is torch.strided:
+            continue  # nearly every gate
         name = f"gates[{i}]"
         tensor(op, name, gate, 2, "(N,C)")
         if gate.shape != wanted:

@@ -38,8 +38,8 @@ def gated_projection(x: Tensor, gates: Sequence[Tensor], weight: Tensor, bias: T
     _checks.tensor(_OP, "weight", weight, 2, "(D, G*C)")
     if bias is not None:
         _checks.tensor(_OP, "bias", bias, 1, "(D,)")
-    device = "cpu" if x.is_cpu else x.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else None
+    if device is not None and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         half = torch.get_autocast_dtype(device)
         x = x.to(half)
         # As autocast does, float64 stays: a mixture with it is refused below.
@@ -50,7 +50,8 @@ def gated_projection(x: Tensor, gates: Sequence[Tensor], weight: Tensor, bias: T
             gates = [g.float() if isinstance(g, Tensor) and g.dtype in _checks.HALVES else g for g in gates]
     gates = _checks.gates(_OP, gates, x)
     _checks.beside(_OP, "weight", weight, "x", x)
-    if weight.shape[1] != len(gates) * x.shape[1]:
+    d, all_channels = weight.shape
+    if all_channels != len(gates) * x.shape[1]:
         raise ValueError(
             f"{_OP}: weight must be (D, G*C) with G*C = {len(gates)}*{x.shape[1]} = {len(gates) * x.shape[1]} "
             f"for this x and these gates, got {tuple(weight.shape)}"
@@ -62,7 +63,7 @@ def gated_projection(x: Tensor, gates: Sequence[Tensor], weight: Tensor, bias: T
                 f"{_OP}: bias must have the dtype of weight ({_checks.name_of(weight.dtype)}), "
                 f"got {_checks.name_of(bias.dtype)}"
             )
-        if bias.shape[0] != weight.shape[0]:
+        if bias.shape[0] != d:
             raise ValueError(f"{_OP}: bias must be (D,) = ({weight.shape[0]},) like weight, got {tuple(bias.shape)}")
     return _op((), x, *gates, weight, bias)
 
