@@ -122,7 +122,7 @@ m3em::ChannelGate channel_gate(const py::object &x, const Shape &shape, int num_
     o.x = tensor(x);
     o.n = shape[0], o.c = shape[1], o.h = shape[2], o.w = shape[3];
     o.num_gates = num_gates;
-    o.threads = m3em::usable_threads(threads);
+    o.threads = m3em::usable_threads(threads, o.n * o.c * o.h * o.w);
     return o;
 }
 
@@ -160,7 +160,7 @@ m3em::ConsensusMap consensus_map(const py::object &a, const py::object &b, uintp
     m.num_scales = num_scales;
     m.center = center;
     m.eps = eps;
-    m.threads = m3em::usable_threads(threads);
+    m.threads = m3em::usable_threads(threads, m.n * m.d * m.h * m.w);
     return m;
 }
 
@@ -190,7 +190,7 @@ m3em::ConsensusPool consensus_pool(const py::object &x, const py::object &cmap, 
     o.x = tensor(x);
     o.cmap = tensor(cmap);
     o.n = shape[0], o.c = shape[1], o.h = shape[2], o.w = shape[3];
-    o.threads = m3em::usable_threads(threads);
+    o.threads = m3em::usable_threads(threads, o.n * o.c * o.h * o.w);
     return o;
 }
 
@@ -220,7 +220,7 @@ m3em::GatedProjection gated_projection(const py::object &x, const py::object &we
     o.weight = tensor(weight);
     o.n = shape[0], o.c = shape[1], o.h = shape[2], o.w = shape[3], o.d = d;
     o.num_gates = num_gates;
-    o.threads = m3em::usable_threads(threads);
+    o.threads = m3em::usable_threads(threads, o.n * o.c * o.h * o.w * d / 8);
     return o;
 }
 

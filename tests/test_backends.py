@@ -40,7 +40,7 @@ def test_the_extension_is_there():
 @FULL_CALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_number_of_threads_changes_no_bit(name, call, dtype, threads):
-    tensors = random_tensors(call, 5, 67, 7, 8, dtype)
+    tensors = random_tensors(call, 11, 131, 7, 8, dtype)  # enough work for every thread to be given some
     results = []
     with m3em_fast.backend(name):
         for count in (1, 2, 3):
@@ -132,7 +132,7 @@ def test_blocks_nest_and_other_threads_have_their_own():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_threads_that_call_ops_at_once_disturb_nothing(dtype):
     """Two threads a backend, each with its own choice, all in every op at the same time."""
-    inputs = {call: random_tensors(call, 3, 67, 7, 7, dtype) for call in FULL_CALLS}
+    inputs = {call: random_tensors(call, 6, 131, 7, 7, dtype) for call in FULL_CALLS}
     alone = {}
     for name in backends.available():
         with m3em_fast.backend(name):
@@ -242,7 +242,7 @@ class Clips(torch.utils.data.Dataset):
         return 2
 
     def __getitem__(self, index):
-        a, b = torch.ones(8, 16, 7, 7), torch.ones(8, 16, 7, 7)
+        a, b = torch.ones(8, 128, 7, 7), torch.ones(8, 128, 7, 7)
         return ops.consensus_map(a, b), backends.native.forked()
 
 

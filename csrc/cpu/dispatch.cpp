@@ -79,7 +79,12 @@ bool choose_kernels(const char *isa) {
 
 bool forked() { return in_child; }
 
-int usable_threads(int wanted) { return in_child || wanted < 1 ? 1 : wanted; }
+int usable_threads(int wanted, int64_t work) {
+    // To wake a thread takes some microseconds; so many steps take about as long.
+    constexpr int64_t worth = 16 << 10;
+    const int64_t useful = work / worth;
+    return in_child || wanted < 1 || useful < 1 ? 1 : int(useful < wanted ? useful : wanted);
+}
 
 void advise_huge_pages(void *data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)

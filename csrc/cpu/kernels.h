@@ -106,9 +106,9 @@ const Kernels &kernels();
 // False where this machine cannot run `isa`, or the build does not have it.
 bool choose_kernels(const char *isa);
 
-// The number of threads that a parallel region may have: 1 in a forked child, where OpenMP would wait for ever for the
-// threads that the fork left behind.
-int usable_threads(int wanted);
+// The number of threads that a parallel region may have, where there are `work` steps in all: 1 where there is little
+// to do, and in a forked child, where OpenMP would wait for ever for the threads that the fork left behind.
+int usable_threads(int wanted, int64_t work);
 bool forked();
 
 // Asks for huge pages under a large buffer that nobody has touched yet; nothing happens where the system has none.
