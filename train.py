@@ -5,25 +5,29 @@
 
 Every run leaves a folder: metrics.json (accuracies, losses), run.json (options, versions, time), checkpoint.pt,
 TensorBoard events, curves.png and, with CMC, consensus.png. The last epoch is what is reported: no choice is made by
-looking at the target.
+looking at the target. Killed or stopped at any moment it goes on with --resume; what it says when something is wrong is
+in docs/errors.md.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports below take seconds: no traceback of them at Ctrl-C
 
 import numpy as np
 import torch
 import tyro
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from m3em_fast import backends, env
@@ -31,16 +35,11 @@ from m3em_fast.data.samplers import num_batches, paired_batches
 from m3em_fast.data.store import FeatureStore, StoreError
 from m3em_fast.ops.consensus_map import resolve_num_scales
 from m3em_fast.uda import METHODS, ActionModel, report, total_loss, warmup_coefficient
-from m3em_fast.uda.checkpoint import (
-    CheckpointError,
-    load_checkpoint,
-    random_state,
-    restore_random_state,
-    save_checkpoint,
-)
+from m3em_fast.uda.checkpoint import CheckpointError, random_state, restore, save_checkpoint
 from m3em_fast.uda.evaluation import evaluate, majority_floor
-
-SPLITS = ("source_train", "source_val", "target_train", "target_test")
+from m3em_fast.uda.losses import who_is_not_finite
+from m3em_fast.uda.run import CHECKPOINT, EventLog, StopSignals, UsageError, open_run, write_whole, writing
+from m3em_fast.uda.splits import labels_of, open_stores
 
 
 @dataclass(frozen=True)
@@ -142,18 +141,20 @@ def parse(arguments: Sequence[str]) -> Options:
     return tyro.cli(Options, args=arguments, default=PRESETS[chosen.preset], description=__doc__)
 
 
-class UsageError(ValueError):
-    """Something the user can put right; the message is one sentence."""
-
-
 def resolve(options: Options) -> Options:
     """Settle what is left open, and refuse what cannot work."""
     positive = ("epochs", "batch_source", "batch_target", "save_every", "clip_gradient", "latent", "reduction")
     for name in (*positive, "fc_dim", "relation_dim", *(("lr",) if options.lr is not None else ())):
         if not getattr(options, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}.")
-    if options.threads < 0:
-        raise UsageError(f"--threads must be 0 or more, got {options.threads}.")
+    for name in ("lr", "clip_gradient", "weight_decay", "lambda_y", "lambda_d", "gamma", "beta"):
+        value = getattr(options, name)
+        if value is not None and not np.isfinite(value).all():
+            raise UsageError(f"--{name.replace('_', '-')} must be finite, got {value}.")
+    if options.weight_decay < 0:
+        raise UsageError(f"--weight-decay must be 0 or more, got {options.weight_decay}.")
+    if not 0 <= options.threads <= 1024:
+        raise UsageError(f"--threads must be from 0 to 1024, got {options.threads}.")
     try:
         backends.current()
     except ValueError as error:
@@ -178,52 +179,18 @@ def resolve(options: Options) -> Options:
     return options
 
 
-def open_run(options: Options) -> Options:
-    """The run folder: a new one, or with --resume the one that is there."""
-    if options.run is None:
-        if options.resume:
-            raise UsageError("--resume needs --run, the folder of the run to go on with.")
-        free = (Path(f"runs/{options.preset}-{options.method}-{i}") for i in range(1, sys.maxsize))
-        options = replace(options, run=next(path for path in free if not path.exists()))
-    assert options.run is not None
-    if options.resume and not options.run.is_dir():
-        raise UsageError(f"--resume: there is no run folder {options.run}.")
-    if not options.resume and options.run.exists() and (not options.run.is_dir() or any(options.run.iterdir())):
-        raise UsageError(f"--run {options.run} exists already: name a new folder, or add --resume to go on with it.")
-    options.run.mkdir(parents=True, exist_ok=True)
-    return options
-
-
-def open_stores(options: Options) -> dict[str, FeatureStore]:
-    if not options.data.is_dir():
-        hint = "python -m m3em_fast.data.digits --out " + str(options.data)
-        raise UsageError(f"--data {options.data} is no folder; `{hint}` makes the digits benchmark there.")
-    stores = {split: FeatureStore(options.data / split) for split in SPLITS}
-    first = stores["source_train"]
-    for split, store in stores.items():
-        if store.modalities != first.modalities:
-            raise UsageError(f"{options.data / split} has other modalities or shapes than source_train.")
-        if store.num_classes != first.num_classes:
-            raise UsageError(f"{options.data / split} has other classes than source_train.")
-        if store.labels is None and split != "target_train":
-            raise UsageError(f"{options.data / split} has no labels, and the {split} split needs them.")
-    return stores
-
-
-def labels_of(store: FeatureStore) -> dict[str, np.ndarray]:
-    assert store.labels is not None  # open_stores has refused the others
-    return store.labels
-
-
 def build_model(options: Options, store: FeatureStore) -> ActionModel:
     maps = {name: m for name, m in store.modalities.items() if m.kind == "map"}
     vectors = {name: m.channels for name, m in store.modalities.items() if m.kind == "vector"}
     try:
         if METHODS[options.method]["cmc"]:
+            sizes = {name: (m.height, m.width) for name, m in maps.items()}
+            if len(set(sizes.values())) > 1:
+                raise ValueError(f"CMC compares maps of one size, got {sizes}")
             for m in maps.values():
                 assert m.height is not None and m.width is not None
                 resolve_num_scales(options.num_scales, m.height, m.width)
-        return ActionModel(
+        model = ActionModel(
             {name: m.channels for name, m in maps.items()},
             vectors,
             store.num_classes["verb"],
@@ -240,8 +207,13 @@ def build_model(options: Options, store: FeatureStore) -> ActionModel:
             dropout_i=options.dropout,
             dropout_v=options.dropout,
         )
-    except ValueError as error:
-        raise UsageError(f"--method {options.method} does not fit the data in {options.data}: {error}.") from error
+        for name, m in store.modalities.items():
+            if m.frames < model.num_segments:
+                raise ValueError(f"a clip needs {model.num_segments} frames, {name} has {m.frames}")
+    except (ValueError, KeyError, RuntimeError) as error:  # of torch: a name that no module can have, no memory
+        reason = str(error.args[0]).splitlines()[0]
+        raise UsageError(f"--method {options.method} does not fit the data in {options.data}: {reason}.") from error
+    return model
 
 
 def pairing(options: Options, stores: dict[str, FeatureStore]) -> tuple[int, int | None, int, int]:
@@ -263,16 +235,41 @@ def read_batch(
 
 def train(options: Options) -> Path:
     options = resolve(options)
-    stores = open_stores(options)
-    device = torch.device(options.device)
+    stores = open_stores(options.data)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    model = build_model(options, stores["source_train"]).to(device)
-    options = open_run(options)  # after everything that can be refused, so that a refusal leaves no folder behind
-    run = options.run
-    assert run is not None and options.lr is not None
+    model = build_model(options, stores["source_train"]).to(options.device)
+    # After everything that can be refused, so that a refusal leaves no folder behind.
+    with open_run(options.run, f"{options.preset}-{options.method}", options.resume) as run:
+        fixed = {name: x for name, x in asdict(options).items() if name not in ("run", "resume")}
+        fixed = json.loads(json.dumps(fixed, default=str))
+        start = time.perf_counter()
+        history = fit(options, fixed, stores, model, run)
+        environment = {"seconds": time.perf_counter() - start, "environment": env.report()}
+        about = {"options": fixed, "data": stores["source_train"].meta, **environment}
+        metrics = {
+            "method": options.method,
+            "results": {split: history[split][-1] for split in ("source_val", "target_test")},
+            "floor": {split: majority_floor(**labels_of(stores[split])) for split in ("source_val", "target_test")},
+            "history": history,
+        }
+        write_whole(run / "run.json", (json.dumps(about, indent=1, default=str) + "\n").encode())
+        write_whole(run / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
+        with writing(run / "curves.png"):
+            report.draw_curves(run)
+        if METHODS[options.method]["cmc"]:
+            with writing(run / "consensus.png"):
+                report.draw_consensus(run, model, stores["target_test"], torch.device(options.device))
+    return run
 
+
+def fit(
+    options: Options, fixed: dict[str, Any], stores: dict[str, FeatureStore], model: ActionModel, run: Path
+) -> dict[str, list]:
+    """The training itself, from the start or the checkpoint; the losses of all steps, the scores of all epochs."""
+    assert options.lr is not None
+    device = torch.device(options.device)
     optimizer = torch.optim.SGD(
         model.parameters(), options.lr, momentum=0.9, nesterov=True, weight_decay=options.weight_decay
     )
@@ -285,48 +282,24 @@ def train(options: Options) -> Path:
     steps = num_batches(*pair)
     history: dict[str, list] = {"loss": [], "terms": [], "source_val": [], "target_test": []}
     first_epoch, first_step = 0, 0
-    checkpoint = run / "checkpoint.pt"
-    fixed = json.loads(
-        json.dumps({k: v for k, v in asdict(options).items() if k not in ("run", "resume")}, default=str)
-    )
-    if options.resume and checkpoint.exists():
-        state = load_checkpoint(checkpoint)
-        if changed := sorted(k for k in fixed if state["options"].get(k) != fixed[k]):
-            name = changed[0]
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(
-                f"--resume: {run} was started with {flag} {state['options'].get(name)}, not {fixed[name]}."
-            )
-        try:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-            restore_random_state(state["random"], device)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{checkpoint} does not fit this model; was it trained on other data?") from error
-        history, first_epoch, first_step = state["history"], state["epoch"], state["step"]
-
-    def save(epoch: int, step: int) -> None:
-        save_checkpoint(
-            checkpoint,
-            {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "epoch": epoch,
-                "step": step,
-                "random": random_state(device),
-                "history": history,
-                "options": fixed,
-            },
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    if options.resume and (run / CHECKPOINT).exists():
+        history, first_epoch, first_step = restore(
+            run / CHECKPOINT, fixed, **parts, device=device, epochs=options.epochs, steps=steps
         )
-
-    start = time.perf_counter()
     done, total = first_epoch * steps + first_step, options.epochs * steps
     with (
-        SummaryWriter(str(run), purge_step=done) as writer,
+        StopSignals(run) as stop,
+        EventLog(run, purge_step=done) as log,
         tqdm(total=total, initial=done, desc=options.method, unit="step") as bar,
     ):
+
+        def save(epoch: int, step: int) -> None:
+            log.flush()  # first, so that the log lacks no step that will not be done again
+            states = {name: part.state_dict() for name, part in parts.items()}
+            position = {"epoch": epoch, "step": step, "random": random_state(device)}
+            save_checkpoint(run / CHECKPOINT, {**states, **position, "history": history, "options": fixed})
+
         for epoch in range(first_epoch, options.epochs):
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * 0.1 ** sum(epoch >= s for s in options.lr_steps)
@@ -335,7 +308,7 @@ def train(options: Options) -> Path:
                 if epoch == first_epoch and step < first_step:
                     continue
                 # The public baseline counts epochs from 1 and divides by the run's own length; see docs/decisions.md.
-                warmup = warmup_coefficient((step + (epoch + 1) * steps) / (options.epochs * steps))
+                warmup = warmup_coefficient((step + (epoch + 1) * steps) / total)
                 features = read_batch(stores, model, source, target)
                 verb, noun = (source_labels[kind][source].to(device) for kind in ("verb", "noun"))
                 with autocast:
@@ -349,58 +322,57 @@ def train(options: Options) -> Path:
                         gamma=options.gamma,
                     )
                 value = loss.item()
-                if not math.isfinite(value):
-                    parts = ", ".join(f"{name} {x.item():.4g}" for name, x in terms.items())
-                    clips = ", ".join(stores["source_train"].clips[i] for i in source[:5])
-                    raise UsageError(f"loss is {value} at epoch {epoch + 1} step {step} ({parts}; clips {clips}, ...).")
                 optimizer.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_gradient)
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_gradient)
+                # In float16 a gradient may overflow: the scaler then leaves the step out and scales less.
+                if not math.isfinite(value) or not (scaler.is_enabled() or norm.isfinite()):
+                    clips = [stores["source_train"].clips[i] for i in source]
+                    clips += [stores["target_train"].clips[i] for i in (() if target is None else target)]
+                    raise UsageError(
+                        f"loss is {value}, its gradient's norm {norm:.4g}, at epoch {epoch + 1} step {step} "
+                        f"({who_is_not_finite(terms, (out.verb, out.noun), clips)})."
+                    )
                 scaler.step(optimizer)
                 scaler.update()
 
                 history["loss"].append(value)
                 history["terms"].append({name: x.item() for name, x in terms.items()})
                 for name, x in history["terms"][-1].items():
-                    writer.add_scalar(f"loss/{name}", x, epoch * steps + step)
+                    log.add_scalar(f"loss/{name}", x, epoch * steps + step)
                 bar.update()
                 bar.set_postfix(epoch=epoch + 1, loss=f"{value:.3f}", refresh=False)
-                if (step + 1) % options.save_every == 0 and step + 1 < steps:
+                if (step + 1) % options.save_every == 0 or step + 1 == steps or stop.asked is not None:
                     save(epoch, step + 1)
-            for split in ("source_val", "target_test"):
-                scores = evaluate(model, stores[split], batch=512, device=device, autocast=autocast)
-                history[split].append(scores)
-                for name, x in scores.items():
-                    writer.add_scalar(f"{split}/{name}", x, (epoch + 1) * steps)
+                stop.check()
+            with stop.at_once():  # the state is saved, and evaluating changes nothing of it
+                scores = {
+                    split: evaluate(model, stores[split], batch=512, device=device, autocast=autocast)
+                    for split in ("source_val", "target_test")
+                }
+            for split, metrics in scores.items():
+                history[split].append(metrics)
+                for name, x in metrics.items():
+                    log.add_scalar(f"{split}/{name}", x, (epoch + 1) * steps)
             save(epoch + 1, 0)
-    seconds = time.perf_counter() - start
-
-    metrics = {
-        "method": options.method,
-        "results": {split: history[split][-1] for split in ("source_val", "target_test")},
-        "floor": {split: majority_floor(**labels_of(stores[split])) for split in ("source_val", "target_test")},
-        "history": history,
-    }
-    about = {"options": fixed, "data": stores["source_train"].meta, "seconds": seconds, "environment": env.report()}
-    (run / "run.json").write_text(json.dumps(about, indent=1, default=str) + "\n")
-    (run / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    report.draw_curves(run)
-    if METHODS[options.method]["cmc"]:
-        report.draw_consensus(run, model, stores["target_test"], device)
-    return run
+            stop.check()
+    return history
 
 
 def main() -> int:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run = train(parse(sys.argv[1:]))
+        report.print_table([run])
     except (UsageError, StoreError, CheckpointError, backends.BackendError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("train.py: interrupted; --run with --resume goes on from the last checkpoint.", file=sys.stderr)
-        return 130
-    report.print_table([run])
+    except KeyboardInterrupt as error:
+        said = str(error) or "interrupted; --run with --resume goes on from the last checkpoint."
+        print(f"train.py: {said}", file=sys.stderr)
+        return 128 + getattr(error, "signal", signal.SIGINT)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -186,6 +187,20 @@ def test_the_last_epoch_is_reported_whatever_the_others_reached(data, tmp_path, 
     assert about["seconds"] > 0 and {"data", "environment"} <= set(about)
 
 
+def test_a_run_on_the_kernels_is_compared_with_one_on_the_reference(data, tmp_path, monkeypatch):
+    """What make train does at its end, on data of a test."""
+    runs = []
+    for name in (backends.available()[0], "reference"):
+        with backends.backend(name):
+            runs.append(train.train(make_options(data, tmp_path / f"on-{name}", method="m3em", fc_dim=4)))
+    _, rows, said = report.compare_backends(runs[:1], runs[1])
+    assert [row[0] for row in rows] == [backends.available()[0], "reference"]
+    seconds = [json.loads((run / "run.json").read_text())["seconds"] for run in runs]
+    assert f"m3em trains {seconds[1] / seconds[0]:.2f} times as fast on {backends.available()[0]} as on " in said
+    difference = re.search(r"the first 10 losses differ by (\S+) of", said)
+    assert float(difference[1]) < 1e-5
+
+
 def test_the_log_of_an_interrupted_run_has_every_step_once(data, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -229,7 +244,7 @@ def test_exit_codes_and_streams(data, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["fpga", "cpu"])
 def test_a_backend_that_cannot_be_is_named(data, tmp_path, monkeypatch, capsys, name):
-    monkeypatch.setenv("M3EM_BACKEND", name)
+    monkeypatch.setattr(backends, "_default", name)  # of M3EM_BACKEND, which is read at import
     monkeypatch.setattr(backends, "native", None)
     monkeypatch.setattr(
         sys, "argv", ["train.py", "--data", str(data), "--run", str(tmp_path / "run"), "--device", "cpu"]

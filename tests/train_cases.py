@@ -1,6 +1,7 @@
 """What the tests of train.py share: small stores whose features show their labels, and options that fit them."""
 
 import numpy as np
+from hypothesis import strategies as st
 
 import train
 from m3em_fast.data.store import FeatureStoreWriter, Modality
@@ -40,3 +41,13 @@ def write_data(folder):
 def make_options(data, run, **changes):
     sizes = {"epochs": 2, "batch_source": 10, "batch_target": 12, "lr_steps": (1,), "save_every": 2, "latent": 4}
     return train.Options(data=data, run=run, **{**sizes, "fc_dim": 16, "relation_dim": 8, "device": "cpu", **changes})
+
+
+def mutated(data, original, end):
+    """The bytes with some of them, before ``end``, taken out, put in, written over or set to others."""
+    changed = bytearray(original)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, min(end, len(changed))))
+        length = data.draw(st.integers(0, 9) | st.integers(0, len(changed)))
+        changed[at : at + length] = data.draw(st.binary(max_size=9))
+    return bytes(changed)

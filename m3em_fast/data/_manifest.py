@@ -164,9 +164,11 @@ def load_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     where = str(path)
     try:
-        size = path.stat().st_size
-        if size > _MAX_MANIFEST_BYTES:
-            raise StoreError(f"{where} has {size} bytes; a manifest has at most {_MAX_MANIFEST_BYTES}.")
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise StoreError(f"{where} is no ordinary file.")
+        if state.st_size > _MAX_MANIFEST_BYTES:
+            raise StoreError(f"{where} has {state.st_size} bytes; a manifest has at most {_MAX_MANIFEST_BYTES}.")
         document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except OSError as error:
         raise StoreError(f"{folder} is no feature store: {MANIFEST} cannot be read ({error.strerror}).") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,14 @@ from torch import Tensor
 
 from m3em_fast.uda.ta3n import StreamOutput, entropy
 
-__all__ = ["adversarial_loss", "attentive_entropy", "classification_loss", "stream_losses", "total_loss"]
+__all__ = [
+    "adversarial_loss",
+    "attentive_entropy",
+    "classification_loss",
+    "stream_losses",
+    "total_loss",
+    "who_is_not_finite",
+]
 
 ADVERSARIAL = ("adversarial_relation", "adversarial_video", "adversarial_frame")
 
@@ -83,3 +90,18 @@ def total_loss(
     weights = {"classification": lambda_y, "attentive_entropy": gamma, **dict.fromkeys(ADVERSARIAL, lambda_d)}
     loss = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
     return loss, {name: value.detach() for name, value in terms.items()}
+
+
+def who_is_not_finite(terms: Mapping[str, Tensor], scores: Sequence[Tensor], clips: Sequence[str]) -> str:
+    """For the sentence about a loss that is no number: its terms, and the clips whose scores are none.
+
+    Args:
+        terms: as :func:`total_loss` gives them.
+        scores: (clips, classes) logits.
+        clips: a step's clip ids, in the rows' order; the first of them are named where all have finite scores.
+    """
+    values = ", ".join(f"{name} {x.item():.4g}" for name, x in terms.items())
+    bad = (~torch.cat(list(scores), 1).isfinite().all(1)).nonzero()[:, 0].tolist()
+    of = f"{len(bad)} of {len(clips)} clips have scores that are not finite" if bad else "all scores are finite"
+    named = [repr(clips[i]) for i in (bad or range(len(clips)))[:10]]  # quoted: an id may hold anything
+    return f"{values}; {of}: {', '.join(named)}{', ...' if len(bad or clips) > 10 else ''}"
