@@ -173,6 +173,13 @@ class Draw:
         other.dtype = dtype or self.dtype
         return other
 
+    def gated(self, size: Size, beside: torch.dtype | None) -> tuple[dict[str, Tensor], Draw]:
+        """x and two gates as inputs, and what draws all that stands beside x."""
+        inputs = {"x": self(size.n, size.c, size.h, size.w)}
+        others = self.beside(beside)
+        inputs |= {f"gate{g}": others.gate(size.n, size.c) for g in range(2)}
+        return inputs, others
+
     def gate(self, *shape: int) -> Tensor:
         """As a sigmoid leaves it."""
         return torch.randn(shape, generator=self.source).sigmoid_().to(self.dtype)

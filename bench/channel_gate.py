@@ -18,10 +18,7 @@ READS = {"x": ("gate0", "gate1"), "gate0": ("x",), "gate1": ("x",)}
 def setup(
     size: Size, dtype: torch.dtype, layout: Layout, needs: tuple[str, ...], beside: torch.dtype | None = None
 ) -> Problem:
-    draw = Draw(dtype, layout, OP, size)
-    inputs = {"x": draw(size.n, size.c, size.h, size.w)}
-    others = draw.beside(beside)
-    inputs |= {f"gate{g}": others.gate(size.n, size.c) for g in range(2)}
+    inputs, _ = Draw(dtype, layout, OP, size).gated(size, beside)
     sizes = sizes_of(inputs)
 
     def cast(x: Tensor, *gates: Tensor) -> Tensor:

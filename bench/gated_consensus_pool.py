@@ -27,10 +27,7 @@ def moved(sizes: dict[str, int], needs: tuple[str, ...]) -> Traffic:
 def setup(
     size: Size, dtype: torch.dtype, layout: Layout, needs: tuple[str, ...], beside: torch.dtype | None = None
 ) -> Problem:
-    draw = Draw(dtype, layout, OP, size)
-    inputs = {"x": draw(size.n, size.c, size.h, size.w)}
-    others = draw.beside(beside)
-    inputs |= {f"gate{g}": others.gate(size.n, size.c) for g in range(2)}
+    inputs, others = Draw(dtype, layout, OP, size).gated(size, beside)
     # A sum of three cosines of which most are positive.
     inputs["cmap"] = others(size.n, 1, size.h, size.w, scale=0.5, offset=1.0)
 

@@ -32,10 +32,7 @@ def moved(sizes: dict[str, int], out: int, size: Size, needs: tuple[str, ...]) -
 def setup(
     size: Size, dtype: torch.dtype, layout: Layout, needs: tuple[str, ...], beside: torch.dtype | None = None
 ) -> Problem:
-    draw = Draw(dtype, layout, OP, size)
-    inputs = {"x": draw(size.n, size.c, size.h, size.w)}
-    others = draw.beside(beside)
-    inputs |= {f"gate{g}": others.gate(size.n, size.c) for g in range(2)}
+    inputs, others = Draw(dtype, layout, OP, size).gated(size, beside)
     inputs["weight"] = others(size.d, 2 * size.c, scale=(2 * size.c) ** -0.5)
     sizes = sizes_of(inputs)
 

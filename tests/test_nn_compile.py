@@ -55,11 +55,18 @@ def results_and_gradients(function, module, features):
     return [*outputs, *torch.autograd.grad(loss, [*leaves, *module.parameters()])]
 
 
-def assert_close(found, wanted, tolerance):
+def assert_close(found, wanted, half=None):
+    """Within 64 roundings of float32 of the largest value, as the benchmark's gate has it (bench/gate.py); where the
+    compiler may leave out a rounding to half that eager mode does between two layers, four roundings to half."""
+    allowed = 64 * 2**-24 if half is None else 4 * torch.finfo(half).eps / 2
     for got, want in zip(found, wanted, strict=True):
         assert got.dtype == want.dtype
-        scale = want.abs().max().item()
-        torch.testing.assert_close(got, want, rtol=0, atol=tolerance * max(scale, 1e-3))
+        torch.testing.assert_close(got, want, rtol=0, atol=allowed * want.abs().max().item())
+
+
+def assert_equal(found, wanted):
+    """The same functions ran in the same order."""
+    assert all(map(torch.equal, found, wanted))
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -67,8 +74,6 @@ def assert_close(found, wanted, tolerance):
 def test_compiled_whole_equals_eager_for_any_number_of_clips(name, half):
     module = Flat(make())
     compiled = torch.compile(module, fullgraph=True, dynamic=True)
-    # Autocast rounds the same operands in both, but the linear layers of the gates may round sums differently.
-    tolerance = 1e-5 if half is None else 2e-2
     with m3em_fast.backend(name):
         for n in (
             5,
@@ -78,7 +83,7 @@ def test_compiled_whole_equals_eager_for_any_number_of_clips(name, half):
             with torch.autocast("cpu", dtype=half or torch.bfloat16, enabled=half is not None):
                 found = results_and_gradients(compiled, module, draw(n))
                 wanted = results_and_gradients(module, module, draw(n))
-            assert_close(found, wanted, tolerance)
+            assert_close(found, wanted, half)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
@@ -104,7 +109,7 @@ def test_exported_whole_saved_loaded_and_trained(name):
         assert nodes(program) == nodes(loaded) == NODES
         again = loaded.module()
         for n in (3, 7):
-            assert_close(again(*draw(n).values()), module(*draw(n).values()), 1e-6)
+            assert_equal(again(*draw(n).values()), module(*draw(n).values()))
         steps = []
         for model in (copy.deepcopy(module), again):
             optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -117,7 +122,7 @@ def test_exported_whole_saved_loaded_and_trained(name):
                 losses.append(loss.item())
             steps.append(losses)
         assert steps[0][-1] < steps[0][0]
-        assert steps[0] == pytest.approx(steps[1], rel=1e-5)
+        assert steps[0] == steps[1]
 
 
 @pytest.mark.parametrize("name", backends.available())
@@ -131,7 +136,7 @@ def test_activation_checkpointing(name, compiled):
     chosen = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
     with m3em_fast.backend(name):
         found = results_and_gradients(chosen, module, draw(3))
-        assert_close(found, results_and_gradients(module, module, draw(3)), 1e-5)
+        assert_equal(found, results_and_gradients(module, module, draw(3)))
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -142,4 +147,4 @@ def test_packaged_ahead_of_time(name, tmp_path):
         path = torch._inductor.aoti_compile_and_package(export(module), package_path=str(tmp_path / "m3em.pt2"))
         packaged = torch._inductor.aoti_load_package(path)
         for n in (3, 6):
-            assert_close(packaged(*draw(n).values()), module(*draw(n).values()), 1e-5)
+            assert_close(packaged(*draw(n).values()), module(*draw(n).values()))

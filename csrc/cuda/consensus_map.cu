@@ -11,42 +11,10 @@
 // depend on the others in the batch nor on the card.
 #include "cuda/consensus_map.cuh"
 #include "cuda/scales.cuh"
+#include "cuda/sums.cuh"
 
 namespace m3em {
 namespace {
-
-// How the sums of `count` channels take up those of `more` (Chan's formula).
-template <class A>
-struct Share {
-    A part, both;
-    __device__ Share(int count, int more) : part(more ? A(more) / A(count + more) : A(0)), both(A(count) * part) {}
-};
-
-// Numbers that one cell is summed up in. Without `center` dot, aa, bb; with it, of the deviations from the means, and
-// the means themselves: sums of squares from which the mean is taken afterwards lose their digits where it is large.
-template <class A>
-struct Sums {
-    A ab, aa, bb, mean_a, mean_b;
-    __device__ void clear() { ab = aa = bb = mean_a = mean_b = A(0); }
-    __device__ void load(const A *from, bool center) {
-        ab = from[0], aa = from[1], bb = from[2];
-        mean_a = center ? from[3] : A(0), mean_b = center ? from[4] : A(0);
-    }
-    __device__ void store(A *to, bool center) const {
-        to[0] = ab, to[1] = aa, to[2] = bb;
-        if (center)
-            to[3] = mean_a, to[4] = mean_b;
-    }
-    __device__ void merge(const Sums &others, const Share<A> &share, bool center) {
-        ab += others.ab, aa += others.aa, bb += others.bb;
-        if (!center)
-            return;
-        const A da = others.mean_a - mean_a, db = others.mean_b - mean_b;
-        ab += da * db * share.both, aa += da * da * share.both, bb += db * db * share.both;
-        mean_a += da * share.part, mean_b += db * share.part;
-    }
-};
-__host__ __device__ constexpr int SumsOf(bool center) { return center ? 5 : 3; }
 
 // Channels c0 .. c0+count of a sample to rows of `pitch` numbers in shared memory, less `means` if there are any.
 template <class T, class A>
@@ -135,8 +103,9 @@ __device__ void partial(const ConsensusMapArguments &m) {
     const Room<A> room(g, m.tile, memory);
     const bool center = m.center;
     const int per_cell = SumsOf(center), tid = threadIdx.x;
-    const long long n = blockIdx.x / m.chunks;
-    const int c0 = int(blockIdx.x % m.chunks) * m.chunk, c1 = c0 + m.chunk < m.d ? c0 + m.chunk : m.d;
+    const Part part(m);
+    const long long n = part.n;
+    const int c0 = part.c0, c1 = part.c1;
     // Where there are more threads than cells, groups of threads share the channels of a tile.
     const int groups = MapThreads / g.cells > 1 ? MapThreads / g.cells : 1;
     const int group = tid / g.cells, stride = groups > 1 ? g.cells : MapThreads;
@@ -332,8 +301,9 @@ __device__ void backward(const ConsensusMapArguments &m) {
     const Room<A> room(g, m.tile, memory);
     A *factors = room.rest, *grad = factors + 3 * g.cells;
     const int tid = threadIdx.x, pitch = g.pitch(), pooled_pitch = g.pooled_pitch();
-    const long long n = blockIdx.x / m.chunks;
-    const int c0 = int(blockIdx.x % m.chunks) * m.chunk, c1 = c0 + m.chunk < m.d ? c0 + m.chunk : m.d;
+    const Part part(m);
+    const long long n = part.n;
+    const int c0 = part.c0, c1 = part.c1;
     const A *stats = static_cast<const A *>(m.stats) + n * (3 * g.cells + (m.center ? 2 * g.positions : 0));
     const A *means = m.center ? stats + 3 * g.cells : nullptr;
     make_factors<A, T>(g, m, n, stats, grad, factors);

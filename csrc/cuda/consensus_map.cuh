@@ -24,5 +24,14 @@ struct ConsensusMapArguments {
     int tile;   // channels in shared memory at a time
 };
 
+// What a block works on: channels c0 .. c1 of one sample.
+struct Part {
+    long long n;
+    int c0, c1;
+    __device__ explicit Part(const ConsensusMapArguments &m)
+        : n(blockIdx.x / m.chunks), c0(int(blockIdx.x % m.chunks) * m.chunk),
+          c1(c0 + m.chunk < m.d ? c0 + m.chunk : m.d) {}
+};
+
 } // namespace
 } // namespace m3em

@@ -19,11 +19,8 @@ from torch.utils.tensorboard import SummaryWriter
 __all__ = ["CHECKPOINT", "EventLog", "StopSignals", "Stopped", "UsageError", "open_run", "write_whole", "writing"]
 
 CHECKPOINT, LOCK = "checkpoint.pt", ".lock"
-_YOUNG = (
-    LOCK,
-    CHECKPOINT + ".tmp",
-    "events.out.tfevents",
-)  # what a run may leave that ends before its first checkpoint
+# What a run may leave that ends before its first checkpoint.
+_YOUNG = (LOCK, CHECKPOINT + ".tmp", "events.out.tfevents")
 
 
 class UsageError(ValueError):
