@@ -165,8 +165,9 @@ def picture(found: Sequence[Series], path: Path) -> None:
     for column, axis in enumerate(axes):
         for one in found:
             if one.axis == axis:
-                plots[0][column].loglog(one.sizes, [1e3 * t for t in one.seconds], "o-", label=one.op)
-                plots[1][column].loglog(one.sizes, [b / 1e6 for b in one.saved], "o-", label=one.op)
+                style = {"label": one.op, "color": f"C{list(PARTS).index(one.op)}"}  # one colour an op in all plots
+                plots[0][column].loglog(one.sizes, [1e3 * t for t in one.seconds], "o-", **style)
+                plots[1][column].loglog(one.sizes, [b / 1e6 for b in one.saved], "o-", **style)
         plots[1][column].set_xlabel(SHOWN[axis])
         for plot in plots[:, column]:
             sizes = sorted({size for one in found if one.axis == axis for size in one.sizes})

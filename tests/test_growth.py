@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from matplotlib.axes import Axes
 from rich.console import Console
 
 from bench import growth
@@ -42,7 +43,16 @@ def test_a_series_goes_through_its_axis(monkeypatch):
 def test_the_command_shows_every_series_and_draws_it(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(growth, "point", lambda make, sizes, seconds: (1e-9 * sizes.n * sizes.c, 4 * sizes.n))
     monkeypatch.setattr(growth, "Console", lambda **_: Console(width=160))
+    drawn = []
+    loglog = Axes.loglog
+    monkeypatch.setattr(
+        Axes, "loglog", lambda self, *a, **o: (drawn.append((o["label"], o["color"])), loglog(self, *a, **o))
+    )
     assert growth.main(["--picture", str(tmp_path / "growth.png")]) == 0
     said = capsys.readouterr().out
     assert all(op in said for op in PARTS) and all(axis in said for axis in SHOWN.values())
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    # The legend is one for all plots, so an op has one colour in all of them, and no two ops have the same.
+    assert {op for op, _ in drawn} == set(PARTS) and len(set(drawn)) == len({colour for _, colour in drawn}) == len(
+        PARTS
+    )
