@@ -3,7 +3,7 @@
 // Two ways through a sample. Where the positions of a channel lie together, a block of channels is a run of memory and
 // every channel has one factor. In channels_last the channels lie together, and a tile of eight has a vector of
 // factors.
-#include "cpu/tile.h"
+#include "cpu/rows.h"
 
 namespace m3em {
 namespace M3EM_ISA {
@@ -23,8 +23,7 @@ void forward(const ChannelGate &o) {
         A *in = scratch.take<A>(B * p);
         A *made = scratch.take<A>(B * p);
         for (int g = 0; g < o.num_gates; ++g)
-            for (int64_t c = 0; c < o.c; ++c)
-                gates[g * o.c + c] = matrix_at<A>(o.gates[g], n, c);
+            load_matrix(o.gates[g], n, 0, o.c, gates + g * o.c);
         const T *x = sample_of<const T>(o.x, n);
         T *out = sample_of<T>(o.out, n);
         if (out_layout == Layout::channels_last) {
@@ -91,9 +90,10 @@ void backward(const ChannelGate &o) {
         A *tile_go = scratch.take<A>(V * p);
         A *tile_gx = scratch.take<A>(V * p);
         for (int g = 0; g < o.num_gates; ++g)
-            for (int64_t c = 0; c < o.c; ++c)
-                // A gate that is not here is one that only the gradient of x would need.
-                gates[g * o.c + c] = o.gates[g].data ? matrix_at<A>(o.gates[g], n, c) : A(0);
+            if (o.gates[g].data)
+                load_matrix(o.gates[g], n, 0, o.c, gates + g * o.c);
+            else // only the gradient of x would need it
+                std::memset(gates + g * o.c, 0, o.c * sizeof(A));
         const bool by_rows = layout == Layout::rows && go_layout == Layout::rows;
         for (int64_t c0 = 0; c0 < o.c; c0 += V) {
             const int count = int(o.c - c0 < V ? o.c - c0 : V);

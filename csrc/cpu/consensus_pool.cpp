@@ -1,12 +1,10 @@
 // consensus_pool: one read of x; backward, one write of its gradient, and a read of x only where the map's gradient is
 // wanted.
-#include "cpu/tile.h"
+#include "cpu/rows.h"
 
 namespace m3em {
 namespace M3EM_ISA {
 namespace {
-
-constexpr int64_t B = 16; // channels of a block
 
 // weight[position] = 1 + cmap
 template <class A>
@@ -23,19 +21,27 @@ void forward(const ConsensusPool &o) {
     using vec = typename vec_of<A>::type;
     const int64_t p = o.h * o.w;
     const Layout layout = layout_of(o.x, o.c, o.h, o.w);
-    const int64_t bytes = int64_t(sizeof(A)) * (p + B * p + V * p) + 4 * 64;
+    const int64_t bytes = int64_t(sizeof(A)) * (p + 2 * V * p) + 4 * 64;
     for_each(o.n, o.threads, bytes, [&](Scratch &scratch, int64_t n) {
         A *weight = scratch.take<A>(p);
-        A *room = scratch.take<A>(B * p);
+        A *room = scratch.take<A>(V * p);
         A *tile = scratch.take<A>(V * p);
         weights(o, n, weight);
         const T *x = sample_of<const T>(o.x, n);
         if (layout != Layout::channels_last) {
-            for (int64_t c0 = 0; c0 < o.c; c0 += B) {
-                const int64_t count = o.c - c0 < B ? o.c - c0 : B;
-                const A *rows = load_rows<T, A>(x, o.x, layout, c0, count, o.h, o.w, room);
-                for (int64_t i = 0; i < count; ++i)
-                    put_matrix(o.out, n, c0 + i, dot_row(rows + i * p, weight, p) / A(p));
+            for (int64_t c0 = 0; c0 < o.c; c0 += V) {
+                const int64_t count = o.c - c0 < V ? o.c - c0 : V;
+                A mean[V];
+                vec &means = *reinterpret_cast<vec *>(mean);
+                if (layout == Layout::rows && count == V) {
+                    dot_rows(x + c0 * p, weight, p, means);
+                } else {
+                    const A *rows = load_rows<T, A>(x, o.x, layout, c0, count, o.h, o.w, room);
+                    for (int64_t i = 0; i < V; ++i)
+                        mean[i] = i < count ? dot_row(rows + i * p, weight, p) : A(0);
+                }
+                means /= A(p);
+                store_matrix(o.out, n, c0, count, mean);
             }
             return;
         }
@@ -66,8 +72,9 @@ void backward(const ConsensusPool &o) {
         A *made = scratch.take<A>(V * p);
         A *go = scratch.take<A>(o.c);
         weights(o, n, weight);
+        load_matrix(o.grad_out, n, 0, o.c, go);
         for (int64_t c = 0; c < o.c; ++c)
-            go[c] = matrix_at<A>(o.grad_out, n, c) / A(p);
+            go[c] /= A(p);
         if (o.grad_x.data && gx_layout == Layout::rows) {
             T *to = sample_of<T>(o.grad_x, n);
             for (int64_t c0 = 0; c0 < o.c; c0 += V) {
@@ -115,13 +122,15 @@ void backward(const ConsensusPool &o) {
                     reinterpret_cast<vec *>(lanes)[q] += reinterpret_cast<const vec *>(tile)[q] * g;
                 continue;
             }
-            const A *from = load_rows<T, A>(x, o.x, layout, c0, count, o.h, o.w, tile);
             // Row i adds to its own partial sums, so that a sum over many channels is one of eight short ones.
-            for (int i = 0; i < count; ++i) {
-                A *sum = lanes + i * p;
-                for (int64_t q = 0; q < p; ++q)
-                    sum[q] += from[i * p + q] * go[c0 + i];
+            if (layout == Layout::rows) {
+                for (int i = 0; i < count; ++i)
+                    add_row(x + (c0 + i) * p, go[c0 + i], lanes + i * p, p);
+                continue;
             }
+            const A *from = load_rows<T, A>(x, o.x, layout, c0, count, o.h, o.w, tile);
+            for (int i = 0; i < count; ++i)
+                add_row(from + i * p, go[c0 + i], lanes + i * p, p);
         }
         const bool tiled = layout == Layout::channels_last;
         for (int64_t q = 0; q < p; ++q) {

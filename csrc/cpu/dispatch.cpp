@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -49,10 +50,11 @@ const Kernels *find(const char *isa) {
     return nullptr;
 }
 
-// AVX-512 is not in this list: it has to be asked for, because few machines have run its tests.
 const Kernels *first_choice() {
-    const Kernels *best = find("avx2");
-    return best ? best : find("plain");
+    for (const char *isa : {"avx512", "avx2"})
+        if (const Kernels *best = find(isa))
+            return best;
+    return find("plain");
 }
 
 const Kernels *chosen = nullptr;

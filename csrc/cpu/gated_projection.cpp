@@ -18,6 +18,7 @@ constexpr int64_t Depth = 128;           // rows of a panel of folded weights
 constexpr int64_t Positions = 256;       // terms of one block of M_n
 constexpr int64_t Group = 4;             // samples of 7x7 that share one reading of a block of weights
 constexpr int64_t Columns = 128;         // columns of the result that one task makes
+constexpr int64_t PanelBytes = 14 << 10; // panels of x that stay in the first-level cache
 constexpr int64_t KeptBytes = 512 << 10; // weights and their gradients that a task keeps in the second-level cache
 
 static inline int64_t up(int64_t count, int64_t to) { return (count + to - 1) / to; }
@@ -110,18 +111,23 @@ static inline void fold(const GatedProjection &o, const Work<A> &work, bool back
                         int64_t k0, int64_t count, A *panel) {
     using B = Block<A>;
     using vec = typename B::vec;
-    for (int g = 0; g < o.num_gates; ++g) {
-        const A *from = work.weights_at(g, strip) + k0 * B::W, *gate = work.gate(o, n, g);
-        for (int v = 0; v < B::NV; ++v) {
-            const vec column = *reinterpret_cast<const vec *>(gate + (backward ? strip * B::W : 0) + v * B::L);
-            for (int64_t k = 0; k < count; ++k) {
-                const int64_t at = k * B::W + v * B::L;
-                const vec one = *reinterpret_cast<const vec *>(from + at);
-                const vec gated = backward ? one * column : one * gate[k0 + k];
-                vec &to = *reinterpret_cast<vec *>(panel + at);
+    const auto at = [](const A *row, int v) { return *reinterpret_cast<const vec *>(row + v * B::L); };
+    // Two gates at a time, as most calls have two: the panel is then written once.
+    for (int g = 0; g < o.num_gates; g += 2) {
+        const bool two = g + 1 < o.num_gates;
+        const int h = two ? g + 1 : g;
+        const A *from = work.weights_at(g, strip) + k0 * B::W, *other = work.weights_at(h, strip) + k0 * B::W;
+        const A *gate = work.gate(o, n, g) + (backward ? strip * B::W : k0);
+        const A *second = work.gate(o, n, h) + (backward ? strip * B::W : k0);
+        for (int64_t k = 0; k < count; ++k)
+            for (int v = 0; v < B::NV; ++v) {
+                const int64_t row = k * B::W;
+                vec gated = backward ? at(from + row, v) * at(gate, v) : at(from + row, v) * gate[k];
+                if (two)
+                    gated += backward ? at(other + row, v) * at(second, v) : at(other + row, v) * second[k];
+                vec &to = *reinterpret_cast<vec *>(panel + row + v * B::L);
                 to = g == 0 ? gated : to + gated;
             }
-        }
     }
 }
 
@@ -204,28 +210,33 @@ static inline void load_panel(const GatedProjection &o, int64_t n, int64_t c0, L
     });
 }
 
-// M_n for one panel of x, added to the gradients as soon as a block of it is there.
+// M_n for one panel of x of each of `count` samples, added to the gradients as soon as a block of it is there. The
+// samples take turns at a block of weights and their gradients, which stays in the first-level cache for them.
 template <class A>
-static inline void outer_panel(const GatedProjection &o, const Work<A> &work, const Operand<A> &grad, const A *panel,
-                               int64_t n, int64_t strip, A *gate_sums) {
+static inline void outer_panels(const GatedProjection &o, const Work<A> &work, const Operand<A> *grads, const A *panels,
+                                int64_t n0, int64_t count, int64_t strip, A *gate_sums) {
     constexpr int64_t W = Block<A>::W;
     const int64_t p = o.h * o.w;
-    std::memset(gate_sums, 0, o.num_gates * W * sizeof(A));
+    std::memset(gate_sums, 0, count * o.num_gates * W * sizeof(A));
     for (int64_t p0 = 0; p0 < p; p0 += Positions)
         for_rows<A>(o.d, [&](auto block, int64_t d) __attribute__((always_inline)) {
-            block.clear();
-            block.multiply(grad.data + d * grad.row + p0 * grad.step, grad.row, grad.step, panel + p0 * W,
-                           least(Positions, p - p0));
-            for (int g = 0; g < o.num_gates; ++g) {
-                if (o.grad_weight.data)
-                    block.add_scaled(work.gate(o, n, g) + strip * W, work.grads_at(g, strip) + d * W);
-                if (o.grad_gates[g].data)
-                    block.add_products(work.weights_at(g, strip) + d * W, gate_sums + g * W);
+            for (int64_t i = 0; i < count; ++i) {
+                const Operand<A> &grad = grads[i];
+                block.clear();
+                block.multiply(grad.data + d * grad.row + p0 * grad.step, grad.row, grad.step,
+                               panels + (i * p + p0) * W, least(Positions, p - p0));
+                for (int g = 0; g < o.num_gates; ++g) {
+                    if (o.grad_weight.data)
+                        block.add_scaled(work.gate(o, n0 + i, g) + strip * W, work.grads_at(g, strip) + d * W);
+                    if (o.grad_gates[g].data)
+                        block.add_products(work.weights_at(g, strip) + d * W, gate_sums + (i * o.num_gates + g) * W);
+                }
             }
         });
-    for (int g = 0; g < o.num_gates; ++g)
-        for (int64_t c = 0; o.grad_gates[g].data && c < least(W, o.c - strip * W); ++c)
-            put_matrix(o.grad_gates[g], n, strip * W + c, gate_sums[g * W + c]);
+    for (int64_t i = 0; i < count; ++i)
+        for (int g = 0; g < o.num_gates; ++g)
+            for (int64_t c = 0; o.grad_gates[g].data && c < least(W, o.c - strip * W); ++c)
+                put_matrix(o.grad_gates[g], n0 + i, strip * W + c, gate_sums[(i * o.num_gates + g) * W + c]);
 }
 
 // Gradients of the weight and of the gates. One task is a block of channels, which sees all samples in their order.
@@ -234,21 +245,26 @@ void outer(const GatedProjection &o, const Work<A> &work) {
     constexpr int64_t W = Block<A>::W;
     const int64_t p = o.h * o.w, strip_bytes = 2 * o.num_gates * work.panel * int64_t(sizeof(A));
     const int64_t per_task = most(1, least(4, KeptBytes / strip_bytes)), tasks = up(work.strips, per_task);
-    const int64_t bytes = int64_t(sizeof(A)) * (p * W + V * p + o.d * p + o.num_gates * W) + 4 * 64;
+    const int64_t group = most(1, least(least(Group, PanelBytes / (p * W * int64_t(sizeof(A)))), o.n));
+    const int64_t bytes = int64_t(sizeof(A)) * (group * (p * W + o.d * p + o.num_gates * W) + V * p) + 4 * 64;
     const Layout layout = layout_of(o.x, o.c, o.h, o.w);
     for_each(tasks, o.threads, bytes, [&](Scratch &scratch, int64_t task) {
         const int64_t s0 = task * per_task, s1 = least(work.strips, s0 + per_task);
-        A *panel = scratch.take<A>(p * W);
+        A *panels = scratch.take<A>(group * p * W);
         A *rows = scratch.take<A>(V * p);
-        A *room = scratch.take<A>(o.d * p);
-        A *gate_sums = scratch.take<A>(o.num_gates * W);
+        A *room = scratch.take<A>(group * o.d * p);
+        A *gate_sums = scratch.take<A>(group * o.num_gates * W);
         for (int g = 0; o.grad_weight.data && g < o.num_gates; ++g)
             std::memset(work.grads_at(g, s0), 0, (s1 - s0) * work.panel * sizeof(A));
-        for (int64_t n = 0; n < o.n; ++n) {
-            const Operand<A> grad = operand(o.grad_out, n, 0, o.d, o.d, o.h, o.w, room);
+        for (int64_t n0 = 0; n0 < o.n; n0 += group) {
+            const int64_t count = least(group, o.n - n0);
+            Operand<A> grads[Group];
+            for (int64_t i = 0; i < count; ++i)
+                grads[i] = operand(o.grad_out, n0 + i, 0, o.d, o.d, o.h, o.w, room + i * o.d * p);
             for (int64_t s = s0; s < s1; ++s) {
-                load_panel(o, n, s * W, layout, rows, panel);
-                outer_panel(o, work, grad, panel, n, s, gate_sums);
+                for (int64_t i = 0; i < count; ++i)
+                    load_panel(o, n0 + i, s * W, layout, rows, panels + i * p * W);
+                outer_panels(o, work, grads, panels, n0, count, s, gate_sums);
             }
         }
     });

@@ -4,7 +4,7 @@
 // set has wide ones, so that R rows of sums, one row of the panel and one broadcast number fill the register file.
 #pragma once
 
-#include "cpu/tile.h"
+#include "cpu/rows.h"
 
 namespace m3em {
 namespace M3EM_ISA {

@@ -135,6 +135,33 @@ static inline void narrow_row(const float *from, f16 *to, int64_t count) {
     for (; i < count; ++i)
         narrow(from[i], to[i]);
 }
+static inline void widen_row(const bf16 *from, float *to, int64_t count) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from + i));
+        _mm256_storeu_ps(to + i, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)));
+    }
+    for (; i < count; ++i)
+        to[i] = widen(from[i]);
+}
+static inline __m256i narrow_eight(const float *from) {
+    const __m256 x = _mm256_loadu_ps(from);
+    const __m256i bits = _mm256_castps_si256(x),
+                  odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+    return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(nan)), 16);
+}
+static inline void narrow_row(const float *from, bf16 *to, int64_t count) {
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        const __m256i packed = _mm256_packus_epi32(narrow_eight(from + i), narrow_eight(from + i + 8));
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(to + i), _mm256_permute4x64_epi64(packed, 0xd8));
+    }
+    for (; i < count; ++i)
+        narrow(from[i], to[i]);
+}
 #endif
 
 // Eight rows of `count` numbers, `pitch` apart, into `count` columns of eight, `step` apart.
@@ -257,25 +284,6 @@ static inline void store_tile(const A *tile, T *sample, const Tensor &t, Layout 
                 narrow(rows[(i * h + y) * w + x], sample[(c0 + i) * t.stride[1] + y * t.stride[2] + x * t.stride[3]]);
 }
 
-// Channels c0 .. c0+count of one sample as rows of H*W numbers: where the memory holds just that, it itself, else a
-// copy in `room`, which has space for count*H*W.
-template <class T, class A>
-static inline const A *load_rows(const T *sample, const Tensor &t, Layout layout, int64_t c0, int64_t count, int64_t h,
-                                 int64_t w, A *room) {
-    const int64_t p = h * w;
-    if (layout == Layout::rows) {
-        if constexpr (sizeof(T) == sizeof(A))
-            return reinterpret_cast<const A *>(sample) + c0 * p;
-        widen_row(sample + c0 * p, room, count * p);
-        return room;
-    }
-    for (int64_t i = 0; i < count; ++i)
-        for (int64_t y = 0; y < h; ++y)
-            for (int64_t x = 0; x < w; ++x)
-                room[(i * h + y) * w + x] = widen(sample[(c0 + i) * t.stride[1] + y * t.stride[2] + x * t.stride[3]]);
-    return room;
-}
-
 template <class T>
 static inline T *sample_of(const Tensor &t, int64_t n) {
     return static_cast<T *>(t.data) + n * t.stride[0];
@@ -320,20 +328,6 @@ static inline A matrix_at(const Tensor &t, int64_t n, int64_t c) {
 template <class A>
 static inline void put_matrix(const Tensor &t, int64_t n, int64_t c, A value) {
     put(t, n * t.stride[0] + c * t.stride[1], value);
-}
-
-// Sum of x*y over a row, eight partial sums in a fixed order.
-template <class A>
-static inline A dot_row(const A *x, const A *y, int64_t count) {
-    using vec = typename vec_of<A>::type;
-    vec sum{};
-    int64_t i = 0;
-    for (; i + V <= count; i += V)
-        sum += *reinterpret_cast<const vec *>(x + i) * *reinterpret_cast<const vec *>(y + i);
-    A tail = 0;
-    for (; i < count; ++i)
-        tail += x[i] * y[i];
-    return (((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]))) + tail;
 }
 
 // Scratch of one thread, on cache lines of its own.
