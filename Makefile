@@ -9,21 +9,29 @@ DATA ?= data/digits
 ifndef RUN
 RUN := runs/digits-$(shell date -u +%Y%m%d-%H%M%S)
 endif
+# What compiles device code. Not in constraints.txt: torch's builds for CUDA 12 pin versions of their own.
+X86 := ; sys_platform == 'linux' and platform_machine == 'x86_64'
+NVRTC := "nvidia-cuda-nvrtc-cu12==12.9.86$(X86)" "nvidia-cuda-runtime-cu12==12.9.79$(X86)"
+OLDEST := 2.7.1
 METHODS := source_only ta3n m3em
 TESTS ?=
 BENCH ?=
 
 .NOTPARALLEL:
-.PHONY: help train test bench lint format build wheel clean
+.PHONY: help train test test-oldest bench gpu cuda-report lint format build wheel clean
 
 help:
 	@echo "make train    train M3EM and its baselines on the digits benchmark, and M3EM once more without the kernels, for its"
 	@echo "              time (DATA=$(DATA), RUN=a new folder under runs/)"
 	@echo "make test     lint, then every test (TESTS=tests/test_x.py for some of them)"
+	@echo "make test-oldest  the tests of ops, modules and training steps under torch $(OLDEST); downloads and keeps several GB"
 	@echo "make bench    time the ops against eager PyTorch and torch.compile, for an hour (BENCH=--quick: arguments of python -m bench)"
+	@echo "make gpu      on a machine with an NVIDIA card, in $(PY) as it is: op tests, compute-sanitizer and the benchmark of"
+	@echo "              consensus_map on the card, records under bench/results/; at most 8 minutes, no network"
+	@echo "make cuda-report  docs/cuda-resources.md: registers, shared memory, spills and occupancy of every CUDA kernel"
 	@echo "make lint     ruff, mypy and clang-format, changing nothing"
 	@echo "make format   let ruff and clang-format rewrite what they can"
-	@echo "make build    compile csrc/, as far as it has changed"
+	@echo "make build    compile csrc/, as far as it has changed (M3EM_CUDA_ARCHS=none: no CUDA)"
 	@echo "make wheel    dist/: a manylinux wheel for this Python and the source archive"
 	@echo "make clean    remove what was built, and the virtual environment; data/ and runs/ stay"
 	@echo "PY=python3.12 chooses the Python of the virtual environment, CXX=clang++ the compiler."
@@ -38,10 +46,34 @@ train: $(VENV)/.train build
 test: lint build
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
+# The oldest torch that is supported, with the Triton that it pins, in an environment of its own. Without constraints.txt,
+# whose versions go with a newer torch. What is deselected, and why, is in docs/decisions.md.
+test-oldest: $(VENV)-oldest/.made-$(OLDEST)
+	$(VENV)-oldest/bin/python setup.py --quiet build_ext --inplace
+	$(VENV)-oldest/bin/python -m pytest tests/test_ops*.py tests/test_backends.py tests/test_nn*.py tests/test_train_steps.py \
+		--deselect tests/test_ops_compile.py::test_compiled_without_the_extension \
+		--deselect tests/test_ops_compile.py::test_a_backend_chosen_by_name_says_in_the_trace_why_it_cannot_serve \
+		--deselect tests/test_nn_compile.py::test_packaged_ahead_of_time
+
+$(VENV)-oldest/.made-$(OLDEST): pyproject.toml
+	$(PY) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip --disable-pip-version-check install torch==$(OLDEST) setuptools pybind11 ninja
+	$(VENV)-oldest/bin/python -m pip --disable-pip-version-check install --no-build-isolation --editable ".[train,dev]" torch==$(OLDEST)
+	@touch $@
+
 # The table is what figures come from. With arguments for it, the second front end is left out: it takes none of them.
 bench: $(VENV)/.dev build
 	$(BIN)/python -m bench $(BENCH)
 	$(if $(BENCH),,$(BIN)/python -m pytest bench --benchmark-only)
+
+# In the Python that is there, with its torch: the virtual environment would need a network.
+gpu:
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+		{ echo "make gpu needs Python 3.10 or newer; name one with: make gpu PY=python3.12."; exit 2; }
+	$(PY) -m bench.gpu
+
+cuda-report: $(VENV)/.dev build
+	$(BIN)/python -m bench.cuda_report
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -70,14 +102,15 @@ wheel: $(VENV)/.dev
 	@ls dist
 
 clean:
-	rm -rf build dist $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache m3em_fast/_C.* m3em_fast/_C_missing.txt
+	rm -rf build dist $(VENV) $(VENV)-oldest *.egg-info .mypy_cache .pytest_cache .ruff_cache m3em_fast/_C.* \
+		m3em_fast/_C_missing.txt m3em_fast/_cuda.zip
 	find . -name __pycache__ -not -path './data/*' -prune -exec rm -rf {} +
 
 # What each of them installs. --no-build-isolation, so that constraints.txt decides on the build tools as well.
 $(VENV)/.train: EXTRAS := train
 $(VENV)/.dev: EXTRAS := train,dev
 $(VENV)/.train $(VENV)/.dev: pyproject.toml setup.py constraints.txt | $(VENV)/.made
-	$(PIP) setuptools pybind11 ninja
+	$(PIP) setuptools pybind11 ninja $(NVRTC)
 	$(PIP) --no-build-isolation --editable ".[$(EXTRAS)]"
 	@touch $@
 

@@ -1,17 +1,20 @@
-"""Builds csrc/ into the extension module m3em_fast._C.
+"""Builds csrc/ into the extension module m3em_fast._C and the archive of device code m3em_fast/_cuda.zip.
 
-Needs a C++17 compiler and Python's headers, and neither torch nor CUDA. setuptools knows no headers, no flags per file
-and no parallel compilation, so this writes a build.ninja and lets ninja run the compiler.
+Needs a C++17 compiler and Python's headers, and neither torch nor a CUDA toolkit: NVRTC, a Python package, compiles
+device code. setuptools knows no headers, no flags per file and no parallel compilation, so this writes a build.ninja
+and lets ninja run the compilers.
 
     python setup.py build_ext --inplace     compiles what has changed, for a checkout
     pip install .                           the same through an isolated build
 
-CXX, CXXFLAGS and LDFLAGS are honoured. Where a tool is missing the package is built without the extension, and one
-line says so; an error in our own sources fails.
+CXX, CXXFLAGS and LDFLAGS are honoured, and M3EM_CUDA_ARCHS (csrc/cuda/compile.py). Where a tool is missing the package
+is built without the extension or without compiled device code, and one line says so; an error in our own sources fails.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import platform
 import re
@@ -22,6 +25,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -35,7 +39,8 @@ ISAS = {
 }
 if platform.machine().lower() not in ("x86_64", "amd64"):
     ISAS = {"plain": []}
-SOURCES = sorted(p.relative_to(ROOT).as_posix() for d in ("csrc", "csrc/cpu") for p in (ROOT / d).glob("*.cpp"))
+FOLDERS = ("csrc", "csrc/cpu", "csrc/cuda")
+SOURCES = sorted(p.relative_to(ROOT).as_posix() for d in FOLDERS for p in (ROOT / d).glob("*.cpp"))
 HEADERS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.h"))
 CFLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
 # --as-needed: csrc/openmp.cpp defines what g++'s code calls of OpenMP, so that libgomp is not needed. -z now: all of it
@@ -45,11 +50,22 @@ if sys.platform == "darwin":
     SHARED = ["-bundle", "-undefined", "dynamic_lookup"]
 # pip hides what a build prints, so why there is no extension is also left where m3em_fast.env finds it.
 NOTE = "_C_missing.txt"
+ARCHIVE = "_cuda.zip"
+DEVICE_SCRIPT = "csrc/cuda/compile.py"
 COST = "m3em_fast is built without its compiled kernels: every op works, in plain PyTorch, which is slower."
 
 
 class Missing(Exception):
     """A tool that the build needs is not there. The message is one sentence for the user."""
+
+
+def device_code() -> Any:
+    """csrc/cuda/compile.py, which ninja runs as well."""
+    spec = importlib.util.spec_from_file_location("_m3em_compile", ROOT / DEVICE_SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def find_compiler() -> list[str]:
@@ -118,7 +134,8 @@ def ninja_path(path: str) -> str:
     return re.sub(r"([$ :])", r"$\1", path)
 
 
-def ninja_file(build: str, library: str, version: str) -> str:
+def cpp_rules(build: str, library: str, version: str) -> list[str]:
+    """Raises Missing where a tool is not there."""
     cxx = find_compiler()
     include, pybind11_include = find_python_headers(), find_pybind11()[0]
     flags = CFLAGS + shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -127,8 +144,6 @@ def ninja_file(build: str, library: str, version: str) -> str:
     # Only bindings.cpp sees these, so that a new version number does not compile the kernels again.
     about = [f'-DM3EM_VERSION="{version}"', f'-DM3EM_FLAGS="{" ".join(flags)}"']
     lines = [
-        "ninja_required_version = 1.5",
-        f"builddir = {ninja_path(build)}",
         f"cxx = {ninja_value(cxx)}",
         f"cflags = {ninja_value([*flags, '-Icsrc', '-I' + pybind11_include, '-I' + include])}",
         f"ldflags = {ninja_value(link)}",
@@ -151,8 +166,33 @@ def ninja_file(build: str, library: str, version: str) -> str:
                 lines.append(f"  defines = {ninja_value(about)}")
             elif isa:
                 lines.append(f"  defines = {ninja_value([*isa_flags, '-DM3EM_ISA=' + isa])}")
-    lines.append(f"build {ninja_path(library)}: link {' '.join(objects)}")
-    return "\n".join(lines) + "\n"
+    return [*lines, f"build {ninja_path(library)}: link {' '.join(objects)}"]
+
+
+def cuda_rules(build: str, archive: str, index: dict[str, Any], nvrtc: Any) -> list[str]:
+    # -S: the script needs the standard library alone, and what else an environment loads at its start costs more.
+    command = ninja_value([sys.executable, "-I", "-S", DEVICE_SCRIPT])
+    found = ninja_value([str(nvrtc.path), str(nvrtc.include)]) if nvrtc else ""
+    lines = [
+        "rule image",
+        f"  command = {command} image {found} $in $arch $out",
+        "  description = compile $in for $arch",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule pack",
+        f"  command = {command} pack $plan $out $in",
+        "  description = pack $out",
+    ]
+    images = []
+    for name in index["images"]:
+        arch, _, file = name.partition("/")
+        images.append(ninja_path(f"{build}/cuda/{name}"))
+        source = f"csrc/cuda/{Path(file).stem}.cu"
+        lines += [f"build {images[-1]}: image {source} | {DEVICE_SCRIPT} m3em_fast/nvrtc.py", f"  arch = {arch}"]
+    sources = [p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "csrc/cuda").glob("*.cu*"))]
+    others = [f"{build}/cuda.json", DEVICE_SCRIPT, *sources]
+    lines.append(f"build {ninja_path(archive)}: pack {' '.join(images)} | {' '.join(map(ninja_path, others))}")
+    return [*lines, f"  plan = {ninja_value([f'{build}/cuda.json'])}"]
 
 
 class NinjaBuild(build_ext):
@@ -165,31 +205,48 @@ class NinjaBuild(build_ext):
         # A library of an earlier build must not pass for this one's.
         output.unlink(missing_ok=True)
         note.unlink(missing_ok=True)
-        try:
-            library = self.run_ninja(output.name)
-        except Missing as missing:
-            print(f"m3em_fast: {missing} {COST}", flush=True)
-            note.write_text(f"{missing}\n")
-        else:
-            shutil.copy2(library, output)
-
-    def run_ninja(self, name: str) -> Path:
         # Not build_temp: an editable install would put that into a folder that is thrown away, and compile all again.
         build = f"build/ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        ninja = find_ninja()
-        text = ninja_file(build, f"{build}/{name}", self.distribution.get_version())
+        (ROOT / build).mkdir(parents=True, exist_ok=True)
+        library, archive, version = f"{build}/{output.name}", f"{build}/{ARCHIVE}", self.distribution.get_version()
+        script, rules, ninja = device_code(), [], None
+        try:
+            index, nvrtc, said = script.plan(version)
+        except ValueError as error:
+            raise SystemExit(f"m3em_fast: {error}") from None
+        try:
+            ninja = find_ninja()
+            rules = cpp_rules(build, library, version)
+        except Missing as missing:
+            said.insert(0, f"{missing} {COST}")
+            note.write_text(f"{missing}\n")
+            if ninja is None:
+                index["missing"] |= {name.partition("/")[0]: str(missing) for name in index["images"]}
+                index["images"] = []
+        for line in said:
+            print(f"m3em_fast: {line}", flush=True)
+        plan = ROOT / build / "cuda.json"
+        if not plan.exists() or json.loads(plan.read_text()) != index:
+            plan.write_text(json.dumps(index))
+        if ninja is None:
+            script.pack(plan, ROOT / archive)
+        else:
+            self.run_ninja(ninja, build, rules + cuda_rules(build, archive, index, nvrtc))
+        if rules:
+            shutil.copy2(ROOT / library, output)
+        shutil.copy2(ROOT / archive, output.with_name(ARCHIVE))
+
+    def run_ninja(self, ninja: str, build: str, rules: list[str]) -> None:
         path = ROOT / build / "build.ninja"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text("\n".join(["ninja_required_version = 1.5", f"builddir = {ninja_path(build)}", *rules]) + "\n")
         command = [ninja, "-f", str(path)] + (["-j", str(self.parallel)] if self.parallel else [])
         if subprocess.run(command, cwd=ROOT).returncode:
             raise SystemExit("m3em_fast: csrc/ did not compile; the compiler's message is above.")
-        return path.with_name(name)
 
     def copy_extensions_to_source(self) -> None:
         for ext in self.extensions:
             built = Path(self.build_lib, self.get_ext_filename(ext.name))
-            for name in (built.name, NOTE):
+            for name in (built.name, NOTE, ARCHIVE):
                 source, target = built.with_name(name), ROOT / "m3em_fast" / name
                 if source.exists():
                     # By renaming, so that a process which has the old library mapped keeps it whole.

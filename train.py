@@ -27,10 +27,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import numpy as np
 import torch
-import tyro
 from tqdm import tqdm
 
-from m3em_fast import backends, env
+from m3em_fast import _cli, backends, env
 from m3em_fast.data.samplers import num_batches, paired_batches
 from m3em_fast.data.store import FeatureStore, StoreError
 from m3em_fast.ops.consensus_map import resolve_num_scales
@@ -137,8 +136,11 @@ class _Preset:
 
 def parse(arguments: Sequence[str]) -> Options:
     """The command line over the defaults of its preset, which are therefore what --help shows."""
-    chosen, _ = tyro.cli(_Preset, args=arguments, return_unknown_args=True, add_help=False)
-    return tyro.cli(Options, args=arguments, default=PRESETS[chosen.preset], description=__doc__)
+    chosen, _ = _cli.cli(_Preset, arguments, prog="train.py", return_unknown_args=True, add_help=False)
+    options: Options = _cli.cli(
+        Options, arguments, prog="train.py", default=PRESETS[chosen.preset], description=__doc__
+    )
+    return options
 
 
 def resolve(options: Options) -> Options:
@@ -280,12 +282,13 @@ def fit(
     source_labels = {kind: torch.from_numpy(x) for kind, x in labels_of(stores["source_train"]).items()}
     pair = pairing(options, stores)
     steps = num_batches(*pair)
+    data = {split: store.fingerprint for split, store in stores.items()}
     history: dict[str, list] = {"loss": [], "terms": [], "source_val": [], "target_test": []}
     first_epoch, first_step = 0, 0
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler}
     if options.resume and (run / CHECKPOINT).exists():
         history, first_epoch, first_step = restore(
-            run / CHECKPOINT, fixed, **parts, device=device, epochs=options.epochs, steps=steps
+            run / CHECKPOINT, fixed, data, **parts, device=device, epochs=options.epochs, steps=steps
         )
     done, total = first_epoch * steps + first_step, options.epochs * steps
     with (
@@ -298,7 +301,9 @@ def fit(
             log.flush()  # first, so that the log lacks no step that will not be done again
             states = {name: part.state_dict() for name, part in parts.items()}
             position = {"epoch": epoch, "step": step, "random": random_state(device)}
-            save_checkpoint(run / CHECKPOINT, {**states, **position, "history": history, "options": fixed})
+            save_checkpoint(
+                run / CHECKPOINT, {**states, **position, "history": history, "options": fixed, "data": data}
+            )
 
         for epoch in range(first_epoch, options.epochs):
             for group in optimizer.param_groups:

@@ -25,11 +25,12 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from bench import report
+from bench import records, report
 from bench.case import TINY, Case, Size
 from bench.core import Row, Settings
 from bench.isolation import Child
 from bench.providers import Provider, select
+from m3em_fast import _cli
 
 OPS = (
     "channel_gate",
@@ -60,6 +61,8 @@ class Options:
     """D. None: 512, with --quick 16."""
     layout: Literal["contiguous", "channels_last"] = "contiguous"
     """Memory format of the maps."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the inputs are; cuda: the current card, timed by its own clock."""
     backends: tuple[str, ...] = ()
     """Which backends of m3em_fast; none named: all that can run here."""
     compile: bool = True
@@ -112,6 +115,8 @@ def resolve(options: Options) -> tuple[list[Size], list[Provider]]:
         if not 0 < getattr(options, name) < float("inf"):
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} must be a positive number of seconds, got {getattr(options, name)}.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device here; take --device cpu.")
     if options.json is not None:
         if options.json.is_dir():
             raise UsageError(f"--json must be a file, and {options.json} is a folder.")
@@ -122,7 +127,7 @@ def resolve(options: Options) -> tuple[list[Size], list[Provider]]:
         if not os.access(options.json.parent, os.W_OK):
             raise UsageError(f"--json: nothing can be written in the folder {options.json.parent}.")
     try:
-        return sizes(options), select(options.backends, options.compile)
+        return sizes(options), select(options.backends, options.compile, options.device)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -153,9 +158,9 @@ def run(options: Options, console: Console) -> list[Row]:
             settings, seconds=0.05, min_rounds=2, max_rounds=5, tiny_calls=5, tiny_rounds=2, copy_buffer=2**24
         )
     cases = plan(options, shapes)
-    where = report.conditions()
+    where = records.conditions(options.device)
     rows: list[Row] = []
-    with Child(settings.copy_buffer) as child, Progress(console=console, transient=True) as progress:
+    with Child(settings.copy_buffer, options.device) as child, Progress(console=console, transient=True) as progress:
         console.print(report.conditions_line(where, child.copy_bandwidth()), highlight=False, soft_wrap=True)
         if options.quick:
             console.print("--quick: these figures mean nothing.")
@@ -167,13 +172,13 @@ def run(options: Options, console: Console) -> list[Row]:
             rows += found
             if options.json is not None:
                 # After every case: an hour of measuring is not to be lost with its last minute.
-                report.write_json(options.json, rows, where)
+                records.write_json(options.json, rows, where)
             progress.advance(task)
     return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Options, args=arguments, description=__doc__, prog="python -m bench")
+    options: Options = _cli.cli(Options, arguments, description=__doc__, prog="python -m bench")
     console = Console()
     if not console.is_terminal:
         # Without a terminal the width is a guess of 80, and a table that is folded cannot be read.

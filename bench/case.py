@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -106,6 +107,21 @@ class Problem:
         return [self.inputs[name] for name in self.needs]
 
 
+_place = "cpu"  # where tensors of a case are made
+
+
+@contextlib.contextmanager
+def _placed(device: str) -> Iterator[None]:
+    global _place
+    before, _place = _place, device
+    try:
+        # Modules too are made where torch makes things.
+        with torch.device(device) if device != "cpu" else contextlib.nullcontext():
+            yield
+    finally:
+        _place = before
+
+
 @dataclass(frozen=True)
 class Case:
     """One case: everything about it that a row has to state, and ``setup``, which makes its tensors."""
@@ -120,6 +136,11 @@ class Case:
     setup: Callable[[], Problem] = field(repr=False)
     # Dtype of what stands beside x (gates, weight, map or parameters); None: that of x.
     beside: torch.dtype | None = None
+
+    def made(self, device: str = "cpu") -> Problem:
+        """Its tensors, on a device."""
+        with _placed(device):
+            return self.setup()
 
     @property
     def dtype_name(self) -> str:
@@ -162,7 +183,8 @@ class Draw:
         self.source = torch.Generator().manual_seed(zlib.crc32("/".join(map(str, key)).encode()))
 
     def __call__(self, *shape: int, scale: float = 1.0, offset: float = 0.0) -> Tensor:
-        values = torch.randn(shape, generator=self.source).mul_(scale).add_(offset).to(self.dtype)
+        values = torch.randn(shape, generator=self.source, device="cpu").mul_(scale).add_(offset)
+        values = values.to(_place, self.dtype)
         if len(shape) == 4 and self.layout == "channels_last":
             return values.contiguous(memory_format=torch.channels_last)
         return values
@@ -182,7 +204,7 @@ class Draw:
 
     def gate(self, *shape: int) -> Tensor:
         """As a sigmoid leaves it."""
-        return torch.randn(shape, generator=self.source).sigmoid_().to(self.dtype)
+        return torch.randn(shape, generator=self.source, device="cpu").sigmoid_().to(_place, self.dtype)
 
 
 def sizes_of(inputs: Mapping[str, Tensor]) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,15 +12,14 @@ from torch import Tensor
 
 from bench import gate
 from bench.case import Case, Problem
+from bench.device import COPY_BUFFER, CopyBandwidth, Device, clock, device_of
 from bench.providers import Provider, TookTooLong, fresh_compiler, quiet, time_limit
 
 MODES = ("forward", "backward", "forward+backward")
 TINY_MODES = ("tiny, no gradient", "tiny, forward+backward")
-COPY_BUFFER = 256 * 2**20
 # What a half row with a matrix product in it may take of the time of its float32 row; any other row is moved bytes.
 HALF_PRODUCT = 1.15
 IN_FLOAT32 = " in float32"  # behind the name of a provider
-clock = time.perf_counter
 Turn = Callable[[str | None], None]
 
 
@@ -71,6 +69,11 @@ class Row:
         return self.copy_bandwidth / self.bandwidth if self.copy_bandwidth and self.bandwidth else None
 
     @property
+    def share_of_copy(self) -> float | None:
+        """Bytes that have to be moved a second, over those that a copy moves."""
+        return self.bandwidth / self.copy_bandwidth if self.copy_bandwidth and self.bandwidth else None
+
+    @property
     def loss(self) -> bool:
         """A backend that is slower than eager. ``reference`` is a definition and not meant to win."""
         is_fast = self.provider.backend not in (None, "reference")
@@ -118,29 +121,6 @@ def interleaved(
         rounds += 1
     turn(None)
     return readings
-
-
-class CopyBandwidth:
-    """Bytes read plus written a second between two reused buffers, on all threads: what memory can do at best."""
-
-    def __init__(self, size: int = COPY_BUFFER) -> None:
-        # Written once, so that no page is new when the clock runs.
-        self.source = torch.zeros(size // 4)
-        self.target = torch.zeros(size // 4)
-        self.bytes = 2 * size // 4 * 4
-
-    def __call__(self, repeats: int = 5) -> list[float]:
-        """Seconds a copy."""
-        self.target.copy_(self.source)
-        times = []
-        for _ in range(repeats):
-            start = clock()
-            self.target.copy_(self.source)
-            times.append(clock() - start)
-        return times
-
-    def of(self, times: list[float]) -> float:
-        return self.bytes / float(np.median(times))
 
 
 class _Kept:
@@ -229,42 +209,53 @@ def admit(provider: Provider, problem: Problem, grads: list[Tensor], exact: gate
     return entrant
 
 
-def full_step(entrant: Entrant, problem: Problem, grads: list[Tensor]) -> Callable[[], dict[str, float]]:
+def full_step(
+    entrant: Entrant, problem: Problem, grads: list[Tensor], device: Device | None = None
+) -> Callable[[], dict[str, float]]:
     """One forward and one backward with the clock read between: both, and their sum, are of the same call."""
     inputs, wanted = list(problem.inputs.values()), problem.wanted
     backward = bool(wanted) and entrant.backward_error is None
+    where = device or device_of("cpu")
 
     def step() -> dict[str, float]:
         with entrant.provider.chosen():
-            start = clock()
+            where.prepare()
+            start = where.mark()
             outputs = entrant.function(*inputs)
-            middle = clock()
+            middle = where.mark()
             if not backward:
-                return {"forward": middle - start}
+                return {"forward": where.seconds(start, middle)[0]}
             gradients = torch.autograd.grad(gate.as_tuple(outputs), wanted, grads)
-            end = clock()
+            end = where.mark()
+        first, second = where.seconds(start, middle, end)
         del gradients
-        return {"forward": middle - start, "backward": end - middle, "forward+backward": end - start}
+        return {"forward": first, "backward": second, "forward+backward": first + second}
 
     return step
 
 
-def tiny_step(entrant: Entrant, problem: Problem, grads: list[Tensor], calls: int) -> Callable[[], dict[str, float]]:
+def tiny_step(
+    entrant: Entrant, problem: Problem, grads: list[Tensor], calls: int, device: Device | None = None
+) -> Callable[[], dict[str, float]]:
     """Seconds a call where there is hardly anything to compute, without gradients and with them."""
     inputs, wanted, function = list(problem.inputs.values()), problem.wanted, entrant.function
     backward = bool(wanted) and entrant.backward_error is None
+    finish = (device or device_of("cpu")).finish
 
     def step() -> dict[str, float]:
         with entrant.provider.chosen():
+            finish()
             with torch.no_grad():
                 start = clock()
                 for _ in range(calls):
                     function(*inputs)
+                finish()
                 found = {TINY_MODES[0]: (clock() - start) / calls}
             if backward:
                 start = clock()
                 for _ in range(calls):
                     torch.autograd.grad(gate.as_tuple(function(*inputs)), wanted, grads)
+                finish()
                 found[TINY_MODES[1]] = (clock() - start) / calls
         return found
 
@@ -277,10 +268,10 @@ def modes_of(case: Case, tiny: bool) -> list[str]:
 
 
 def twin_steps(
-    twin: Case, entrants: list[Entrant], limit: float, turn: Turn
+    twin: Case, entrants: list[Entrant], limit: float, turn: Turn, device: Device
 ) -> dict[str, Callable[[], dict[str, float]]]:
     """What the same backends do with the twin of a case, to be timed in the same rounds."""
-    problem = twin.setup()
+    problem = twin.made(device.name)
     exact, grads = gate.exact_results(problem)
     steps = {}
     for entrant in entrants:
@@ -289,7 +280,7 @@ def twin_steps(
         turn(entrant.provider.name)
         own = admit(entrant.provider, problem, grads, exact, limit)
         if own.forward_error is None:
-            steps[entrant.provider.name + IN_FLOAT32] = full_step(own, problem, grads)
+            steps[entrant.provider.name + IN_FLOAT32] = full_step(own, problem, grads, device)
     turn(None)
     return steps
 
@@ -302,14 +293,16 @@ def measure(
     tiny: bool = False,
     turn: Turn = nobody,
     twin: Case | None = None,
+    device: str = "cpu",
 ) -> list[Row]:
     """All rows of a case. With ``tiny`` the microseconds of a call instead of bandwidth and memory.
 
     ``turn`` is told before every call whose code is about to run, and None where it is only ours. ``twin`` is the same
     case in float32: with it the backends run that in the same rounds as well, for the ratio."""
     if any(provider.name == "compile" for provider in providers):
-        fresh_compiler()
-    problem = case.setup()
+        fresh_compiler(device)
+    where = device_of(device)
+    problem = case.made(device)
     exact, grads = gate.exact_results(problem)
     entrants = []
     for provider in providers:
@@ -323,9 +316,9 @@ def measure(
         name = entrant.provider.name
         turn(name)
         if tiny:
-            step = tiny_step(entrant, problem, grads, settings.tiny_calls)
+            step = tiny_step(entrant, problem, grads, settings.tiny_calls, where)
         else:
-            step = full_step(entrant, problem, grads)
+            step = full_step(entrant, problem, grads, where)
         try:
             # The compiler makes another graph where gradients are off.
             with quiet(), time_limit(settings.compile_seconds, f"{name}: first calls"):
@@ -341,7 +334,7 @@ def measure(
         settings = Settings(0.0, settings.tiny_rounds, settings.tiny_rounds, settings.warm_up)
     turn(None)
     if twin is not None:
-        steps |= twin_steps(twin, entrants, settings.compile_seconds, turn)
+        steps |= twin_steps(twin, entrants, settings.compile_seconds, turn, where)
     copies = copy() if copy else []
     readings = interleaved(steps, settings, lambda name: turn(name and name.removesuffix(IN_FLOAT32)))
     copies += copy() if copy else []

@@ -64,7 +64,8 @@ def exact_results(problem: Problem) -> tuple[Results, list[Tensor]]:
         with choose("reference"):
             found = as_tuple(function(*leaves.values()))
         if not grads:
-            grads = [torch.randn(batch, *out.shape[1:], generator=source).to(problem.result_dtype) for out in found]
+            drawn = [torch.randn(batch, *out.shape[1:], generator=source) for out in found]
+            grads = [grad.to(out.device, problem.result_dtype) for grad, out in zip(drawn, found, strict=True)]
         outputs.append([out.detach() for out in found])
         if not problem.needs:
             continue

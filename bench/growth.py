@@ -18,14 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 from bench.core import clock, saved_bytes
-from m3em_fast import ops
+from m3em_fast import _cli, ops
 from m3em_fast.uda import ActionModel, total_loss
 
 
@@ -191,7 +190,7 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Options, args=arguments, description=__doc__, prog="python -m bench.growth")
+    options: Options = _cli.cli(Options, arguments, description=__doc__, prog="python -m bench.growth")
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)

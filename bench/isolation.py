@@ -36,8 +36,8 @@ class Died(Exception):
 class Child:
     """The process that measures: started when it is needed, and again after it has died; to be used in ``with``."""
 
-    def __init__(self, copy_buffer: int) -> None:
-        self.copy_buffer = copy_buffer
+    def __init__(self, copy_buffer: int, device: str = "cpu") -> None:
+        self.copy_buffer, self.device = copy_buffer, device
         # Shared memory, because what the child says of itself has to survive it, and must cost a step nothing.
         self.turn = SPAWN.RawValue(c_int, NOBODY)
         self.process: Any = None
@@ -108,7 +108,7 @@ class Child:
     def _start(self) -> None:
         self.pipe, theirs = SPAWN.Pipe()
         self.turn.value = NOBODY
-        arguments = (theirs, self.turn, self.copy_buffer, torch.get_num_threads())
+        arguments = (theirs, self.turn, self.copy_buffer, torch.get_num_threads(), self.device)
         process = SPAWN.Process(target=_serve, args=arguments, daemon=True)
         process.start()
         self.process = process
@@ -124,13 +124,13 @@ def _cause(code: int) -> str:
         return f"signal {-code}"
 
 
-def _serve(pipe: Connection, turn: Any, copy_buffer: int, threads: int) -> None:
+def _serve(pipe: Connection, turn: Any, copy_buffer: int, threads: int, device: str) -> None:
     """The child: a list of rows for every question, or the traceback of what went wrong."""
     os.setpgrp()  # out of reach of Ctrl-C in a terminal: the parent hears it and ends the whole group
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
-    copy = CopyBandwidth(copy_buffer)
+    copy = CopyBandwidth(copy_buffer, device=device)
     answer: float | list[Row] | str
     while True:
         question = pipe.recv()
@@ -155,7 +155,7 @@ def _rows(
     def take(name: str | None) -> None:
         turn.value = NOBODY if name is None else names.index(name)
 
-    return measure(case, providers, settings, copy, tiny, take, twin)
+    return measure(case, providers, settings, copy, tiny, take, twin, copy.device.name)
 
 
 def _end_with_parent() -> None:

@@ -50,18 +50,18 @@ def choose(backend: str) -> AbstractContextManager[object]:
     return nullcontext() if choice is None else choice(backend)
 
 
-def backends() -> tuple[str, ...]:
-    """The backends of m3em_fast that can run on this machine and whose times mean something."""
+def backends(device: str = "cpu") -> tuple[str, ...]:
+    """The backends of m3em_fast that serve tensors of a device on this machine and whose times mean something."""
     try:
         module = importlib.import_module("m3em_fast.backends")
     except ModuleNotFoundError:
         return ("reference",)
-    return tuple(name for name in module.available() if name not in NOT_FOR_TIMES)
+    return tuple(name for name in module.available(device) if name not in NOT_FOR_TIMES)
 
 
-def select(names: Sequence[str], compiled: bool) -> list[Provider]:
+def select(names: Sequence[str], compiled: bool, device: str = "cpu") -> list[Provider]:
     """The providers in the order of their columns; ``names`` limits the backends, the baseline is always there."""
-    known = backends()
+    known = backends(device)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"--backends: {unknown[0]!r} cannot run here; there is {', '.join(known)}.")
     chosen = [name for name in known if not names or name in names]
@@ -102,10 +102,12 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def fresh_compiler() -> None:
+def fresh_compiler(device: str = "cpu") -> None:
     """Forget earlier graphs, so that a shape is not compiled with the sizes of the last one left open."""
     import torch._inductor.config as inductor
 
-    # With workers of its own the compiler would leave a process behind that goes on while others are timed.
-    inductor.compile_threads = 1
+    if device == "cpu":
+        # With workers of its own the compiler would leave a process behind that goes on while others are timed. A
+        # card's clock does not see it, and there its time is short.
+        inductor.compile_threads = 1
     torch._dynamo.reset()

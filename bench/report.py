@@ -1,98 +1,27 @@
-"""Rows as a table for people and as records for programs."""
+"""Rows as a table for people; ``records.py`` has them for programs."""
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import tempfile
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from bench.core import MODES, TINY_MODES, Row
-from m3em_fast import env
-
-
-def conditions() -> dict[str, Any]:
-    """Where and when: what every figure depends on and every record carries."""
-    found = env.report()
-    processor, package = found["processor"], found["package"]
-    return {
-        "cpu": processor.get("model"),
-        "cores": processor.get("usable_cores"),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "version": package.get("version"),
-        "commit": package.get("commit"),
-        "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
+from bench.records import scaled
 
 
 def conditions_line(where: dict[str, Any], copy_bandwidth: float) -> str:
     commit = where["commit"] or "unknown"
     commit = commit.replace(commit.split()[0], commit.split()[0][:12])
+    card = f"{where['card']}, CUDA {where['cuda']} · " if "card" in where else ""
     return (
-        f"{where['cpu']}, {where['threads']} threads on {where['cores']} cores · torch {where['torch']} · "
+        f"{card}{where['cpu']}, {where['threads']} threads on {where['cores']} cores · torch {where['torch']} · "
         f"m3em_fast {where['version']}, commit {commit} · {where['timestamp']} · copy {copy_bandwidth / 1e9:.1f} GB/s"
     )
-
-
-def record(row: Row, where: dict[str, Any]) -> dict[str, Any]:
-    """One row as plain values. Times in milliseconds, ratios above 1 for faster."""
-    low, middle, high = row.percentiles or (None, None, None)
-    is_ours = row.provider.backend is not None
-    size = row.case.size
-    return {
-        "op": row.case.op,
-        "variant": row.case.variant,
-        "provider": "m3em_fast" if is_ours else row.provider.name,
-        "backend": row.provider.backend,
-        "mode": row.mode,
-        "shape": {"n": size.n, "c": size.c, "d": size.d, "h": size.h, "w": size.w},
-        "dtype": row.case.dtype_name,
-        "requires_grad": row.case.needs,
-        "layout": row.case.layout,
-        "rounds": len(row.times),
-        "p20_ms": _scaled(low, 1e3),
-        "p50_ms": _scaled(middle, 1e3),
-        "p80_ms": _scaled(high, 1e3),
-        "ratio_to_eager": row.ratio_to_eager,
-        "ratio_to_compile": row.ratio_to_compile,
-        "ratio_to_float32": row.ratio_to_float32,
-        "loss": row.loss,
-        "gb_per_s": _scaled(row.bandwidth, 1e-9),
-        "multiple_of_floor": row.multiple_of_floor,
-        "gflop_per_s": row.flops / middle / 1e9 if row.flops and middle else None,
-        "copy_gb_per_s": _scaled(row.copy_bandwidth, 1e-9),
-        "saved_bytes": row.saved_bytes,
-        "error": row.error,
-        **where,
-    }
-
-
-def _scaled(value: float | None, factor: float) -> float | None:
-    return None if value is None else value * factor
-
-
-def write_json(path: Path, rows: Iterable[Row], where: dict[str, Any]) -> None:
-    """All records or, if something goes wrong on the way, the file as it was before."""
-    text = json.dumps([record(row, where) for row in rows], indent=1, allow_nan=False) + "\n"
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _cell(value: float | None, digits: str = ".3g") -> str:
@@ -152,10 +81,10 @@ def table(rows: Sequence[Row]) -> Table:
             if has_twin:
                 ratio = _ratio(last.ratio_to_float32)
                 line.append(Text(f"{ratio} slow", style="bold red") if last.half_loss else ratio)
-            line += [_cell(_scaled(last.bandwidth, 1e-9), ".2f"), _cell(last.multiple_of_floor, ".2f")]
+            line += [_cell(scaled(last.bandwidth, 1e-9), ".2f"), _cell(last.multiple_of_floor, ".2f")]
             if has_products:
                 line.append(_cell(last.flops / span[1] / 1e9 if last.flops and span else None, ".1f"))
-            line.append(_cell(_scaled(last.saved_bytes, 1e-6), ".1f"))
+            line.append(_cell(scaled(last.saved_bytes, 1e-6), ".1f"))
         found.add_row(*line)
         reasons = dict.fromkeys(row.error for row in own.values() if row.error)
         errors += [f"{provider.name} failed: {reason}" for reason in reasons]

@@ -1,14 +1,12 @@
 // The Python module m3em_fast._C: pointers and sizes in, nothing of torch, so one build serves every torch version.
-#include "cpu/kernels.h"
+#include "bindings.h"
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <array>
 #include <string>
 #include <vector>
 
-namespace py = pybind11;
+using m3em::address;
+using m3em::Shape;
+using m3em::tensor;
 
 #if !defined(M3EM_VERSION) || !defined(M3EM_FLAGS)
 #error "setup.py passes M3EM_VERSION and M3EM_FLAGS"
@@ -86,30 +84,12 @@ py::dict build_info() {
     return info;
 }
 
-using Shape = std::array<int64_t, 4>;
-
-// A tensor comes as (address, dtype, strides), one that is not wanted or not there as None.
-m3em::Tensor tensor(const py::object &from) {
-    m3em::Tensor t;
-    if (from.is_none())
-        return t;
-    const py::tuple parts = from.cast<py::tuple>();
-    t.data = reinterpret_cast<void *>(parts[0].cast<uintptr_t>());
-    t.dtype = static_cast<m3em::Dtype>(parts[1].cast<int>());
-    const py::tuple strides = parts[2].cast<py::tuple>();
-    for (size_t i = 0; i < strides.size() && i < 4; ++i)
-        t.stride[i] = strides[i].cast<int64_t>();
-    return t;
-}
-
 std::vector<m3em::Tensor> tensors(const py::tuple &from) {
     std::vector<m3em::Tensor> all;
     for (const py::handle &one : from)
         all.push_back(tensor(py::reinterpret_borrow<py::object>(one)));
     return all;
 }
-
-void *address(uintptr_t at) { return reinterpret_cast<void *>(at); }
 
 void advise(const m3em::Tensor &t, int64_t numbers) {
     constexpr int64_t size[] = {8, 4, 2, 2};
@@ -273,4 +253,5 @@ PYBIND11_MODULE(_C, module) {
     module.def("consensus_pool_backward", &consensus_pool_backward);
     module.def("gated_projection_forward", &gated_projection_forward);
     module.def("gated_projection_backward", &gated_projection_backward);
+    m3em::bind_cuda(module);
 }

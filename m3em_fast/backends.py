@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -29,7 +29,7 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from m3em_fast import _openmp
+from m3em_fast import _openmp, cuda
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -47,8 +47,22 @@ else:
 
 __all__ = ["BACKENDS", "BackendError", "available", "backend", "choose", "current", "explain", "refusal"]
 
-BACKENDS = ("cpu", "reference")
-"""Every backend, fastest first."""
+BACKENDS = ("cpu", "cuda", "reference")
+"""Every backend. ``cpu`` takes CPU tensors and ``cuda`` CUDA tensors; the reference takes any and is the slowest."""
+
+KERNELS: dict[str, Mapping[str, Any]] = {}
+"""op -> backend -> its ``Kernels``; None for an op that is made of others."""
+
+cards = cuda.Cards(native)
+# Device code on the CPU, for tests: a backend by the name simt, where they have opened it, and never a choice of auto.
+simulated: cuda.Simulated | None = None
+
+
+def simulate(library: Path, archive: Path) -> cuda.Simulated:
+    """Make ``simt`` a backend: the kernels of an archive, on a driver library of csrc/simt."""
+    global simulated
+    simulated = cuda.Simulated(native, str(library), archive)
+    return simulated
 
 
 class BackendError(RuntimeError):
@@ -57,12 +71,14 @@ class BackendError(RuntimeError):
 
 # Read once, for a look into the environment costs a microsecond a call.
 _default = os.environ.get("M3EM_BACKEND") or "auto"
+# What auto tries, in this order.
+_FOR_CPU, _FOR_CUDA = ("cpu", "reference"), ("cuda", "reference")
 _peek_transform = torch._C._functorch.peek_interpreter_stack
 _count_modes = torch._C._len_torch_dispatch_stack
 
 
 def _checked(name: str, origin: str) -> str:
-    if name not in ("auto", *BACKENDS):
+    if name not in ("auto", *BACKENDS) and (name != "simt" or simulated is None):
         raise ValueError(f"{origin}: a backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
     return name
 
@@ -90,12 +106,13 @@ def current() -> str:
     return chosen if chosen == "auto" else _checked(chosen, "M3EM_BACKEND")
 
 
-def available() -> tuple[str, ...]:
-    """The backends that can serve an ordinary call on this machine."""
-    return BACKENDS if native is not None else ("reference",)
+def available(device: str = "cpu") -> tuple[str, ...]:
+    """The backends that can serve an ordinary call on this machine, with tensors on ``"cpu"`` or on ``"cuda"``."""
+    kernels, reference = _FOR_CUDA if device == "cuda" else _FOR_CPU
+    return (reference,) if missing(kernels, "", (kernels,)) else (kernels, reference)
 
 
-def _constant(function: Function) -> Function:
+def constant(function: Function) -> Function:
     """Have torch.compile call a function of constants while it traces, and keep the answer.
 
     This is what ``torch.compiler.assume_constant_result`` does, but for the import of the whole compiler (a second) in
@@ -105,7 +122,13 @@ def _constant(function: Function) -> Function:
     return function
 
 
-@_constant
+@constant
+def chosen_by_name() -> bool:
+    """Whether no other backend may serve a call that the chosen one cannot."""
+    return current() != "auto"
+
+
+@constant
 def under_vmap() -> bool:
     levels = torch._C._functorch.get_interpreter_stack() or ()
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
@@ -117,21 +140,40 @@ def missing(name: str, op: str, kernels: Collection[str]) -> str | None:
         return f"it has no kernel for {op}"
     if native is None:
         return f"the compiled kernels are not there: {_MISSING}"
-    return None
+    if name == "cuda":
+        return cards.unavailable()
+    return "no simulated driver is open" if name == "simt" and simulated is None else None
 
 
-def _unfit(t: Tensor) -> str | None:
-    """Why a tensor is none that kernels take, real or not. torch.compile traces this function."""
+def _strange(t: Tensor) -> str | None:
+    """Why a tensor is none that kernels take, wherever it is, real or not. torch.compile traces this function."""
     kind = type(t)
     if kind is not Tensor and kind is not Parameter and kind is not FakeTensor and kind is not FunctionalTensor:
         return f"it takes plain tensors, not {kind.__name__}"
-    if t.device.type not in ("cpu", "meta"):
-        return f"it takes CPU tensors, not tensors on {t.device}"
     return None
 
 
-def _examine(tensors: Sequence[Tensor | None]) -> tuple[str | None, bool]:
-    """Why kernels cannot serve a call here (None: they can), and whether they are reached through the registered op."""
+def _device(kind: str, index: int | None) -> str:
+    return kind if index is None else f"{kind}:{index}"
+
+
+def misplaced(name: str, op: str, kind: str, index: int | None) -> str | None:
+    """Why a backend with kernels of an op takes no tensors of a device; None where it does."""
+    if name == "cuda":
+        if kind == "cuda":
+            return cards.refusal(op, index or 0)
+        # A form without memory takes any backend that is usable here.
+        if kind == "meta":
+            return cards.unavailable()
+        return cards.unavailable() or f"it takes CUDA tensors, not tensors on {_device(kind, index)}"
+    if kind not in ("cpu", "meta"):
+        return f"it takes CPU tensors, not tensors on {_device(kind, index)}"
+    return simulated.refusal(op, simulated.device) if name == "simt" and simulated is not None else None
+
+
+def _examine(name: str, op: str, tensors: Sequence[Tensor | None]) -> tuple[str | None, bool]:
+    """Why a backend with kernels cannot serve a call here (None: it can), and whether it is reached through the
+    registered op."""
     registered = False
     if _peek_transform() is not None:
         return "a transform of torch.func needs an op that it can look into", False
@@ -144,26 +186,31 @@ def _examine(tensors: Sequence[Tensor | None]) -> tuple[str | None, bool]:
         registered = True
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active", False
+    on_cpu, real = name != "cuda", None
     for t in tensors:
         if t is None:
             continue
         kind = type(t)
-        if (kind is Tensor or kind is Parameter) and t.is_cpu:
+        if (kind is Tensor or kind is Parameter) and (t.is_cpu if on_cpu else t.is_cuda):
             if t.is_neg():
                 return "a tensor is the negative view of another one", False
+            real = t
             continue
-        reason = _unfit(t)
+        reason = _strange(t) or misplaced(name, op, t.device.type, t.device.index)
         if reason is not None:
             return reason, False
         registered = True
-    return None, registered
+    if name == "cpu" or real is None:
+        return None, registered
+    found = simulated if name == "simt" else cards
+    return found.refusal(op, found.place(real)) if found is not None else None, registered
 
 
 def refusal(name: str, op: str, tensors: Sequence[Tensor | None]) -> str | None:
     """Why a backend cannot serve a call of an op on these tensors; None where it can."""
     if name == "reference":
         return None
-    return missing(name, op, BACKENDS) or _examine(tensors)[0]
+    return missing(name, op, KERNELS.get(op, (name,))) or _examine(name, op, tensors)[0]
 
 
 def choose(op: str, kernels: Collection[str], tensors: Sequence[Tensor | None]) -> tuple[str, bool]:
@@ -173,41 +220,57 @@ def choose(op: str, kernels: Collection[str], tensors: Sequence[Tensor | None]) 
         BackendError: the backend chosen by name cannot serve the call.
     """
     if torch.compiler.is_compiling():
-        unfit = None
+        strange, device = None, None
         for t in tensors:
-            if t is not None and unfit is None:
-                unfit = _unfit(t)
-        backend, refused = _choose_at_trace_time(op, tuple(kernels), unfit)
+            if t is not None:
+                strange = strange or _strange(t)
+                device = device or t.device
+        kind, index = ("cpu", None) if device is None else (device.type, device.index)
+        backend, refused = _choose_at_trace_time(op, tuple(kernels), strange, kind, index)
         if refused is not None:
             raise BackendError(refused)
         return backend, True
-    return _choose(op, kernels, tensors, None)
-
-
-def _choose(op: str, kernels: Collection[str], tensors: Sequence[Tensor | None], unfit: str | None) -> tuple[str, bool]:
     wanted = current()
-    for name in BACKENDS if wanted == "auto" else (wanted,):
+    names: tuple[str, ...]
+    if wanted == "auto":
+        names = _FOR_CUDA if tensors[0].is_cuda else _FOR_CPU  # type: ignore[union-attr]
+    else:
+        names = (wanted,)
+    for name in names:
         if name == "reference":
             break
-        reason = unfit if native is not None and name in kernels else missing(name, op, kernels)
+        reason = None if native is not None and name in kernels else missing(name, op, kernels)
         registered = False
         if reason is None:
-            reason, registered = _examine(tensors)
+            reason, registered = _examine(name, op, tensors)
         if reason is None:
             return name, registered
         if wanted != "auto":
-            raise BackendError(f"{op}: backend {name} cannot serve this call: {reason}")
+            raise refused_by(name, op, reason)
     return "reference", False
 
 
-@_constant
-def _choose_at_trace_time(op: str, kernels: tuple[str, ...], unfit: str | None) -> tuple[str, str | None]:
+def refused_by(name: str, op: str, reason: str) -> BackendError:
+    return BackendError(f"{op}: backend {name} cannot serve this call: {reason}")
+
+
+@constant
+def _choose_at_trace_time(
+    op: str, kernels: tuple[str, ...], strange: str | None, kind: str, index: int | None
+) -> tuple[str, str | None]:
     """The backend, or why the one chosen by name cannot serve the call. The tracer can read neither a context variable
     nor the state of transforms."""
-    try:
-        return _choose(op, kernels, (), unfit)[0], None
-    except BackendError as error:
-        return "", str(error)
+    wanted = current()
+    names = (wanted,) if wanted != "auto" else _FOR_CUDA if kind == "cuda" else _FOR_CPU
+    for name in names:
+        if name == "reference":
+            break
+        reason = missing(name, op, kernels) or strange or _examine(name, op, ())[0] or misplaced(name, op, kind, index)
+        if reason is None:
+            return name, None
+        if wanted != "auto":
+            return "", str(refused_by(name, op, reason))
+    return "reference", None
 
 
 def explain(op: str, *arguments: Any) -> str:
@@ -227,8 +290,12 @@ def explain(op: str, *arguments: Any) -> str:
     flat = [t for a in arguments for t in (a if isinstance(a, (list, tuple)) else (a,))]
     tensors = [t for t in flat if isinstance(t, Tensor)]
     wanted = current()
-    reasons = {name: refusal(name, op, tensors) for name in BACKENDS}
-    able = [name for name in BACKENDS if reasons[name] is None and wanted in ("auto", name)]
+    names = (*BACKENDS, "simt") if wanted == "simt" else BACKENDS
+    reasons = {name: refusal(name, op, tensors) for name in names}
+    for name, kernels in KERNELS[op].items():
+        if name in names and reasons[name] is None and kernels is not None and kernels.refuses is not None:
+            reasons[name] = kernels.refuses((), tensors) if tensors else None
+    able = [name for name in names if reasons[name] is None and wanted in ("auto", name)]
     if able:
         detail = (
             f" ({native.isa()}{', one thread after a fork' if native.forked() else ''})" if able[0] == "cpu" else ""
@@ -236,7 +303,7 @@ def explain(op: str, *arguments: Any) -> str:
         lines = [f"{op} is served by {able[0]}{detail}."]
     else:
         lines = [f"{op} is served by none: {wanted} is chosen by name and cannot."]
-    for name in BACKENDS:
+    for name in names:
         if name not in able[:1]:
             other = f"backend {wanted} is chosen by name" if wanted not in ("auto", name) else "slower"
             lines.append(f"{name}: {reasons[name] or other}")

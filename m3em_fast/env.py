@@ -15,7 +15,8 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +63,22 @@ def _backends() -> dict[str, Any]:
 
     from m3em_fast import backends
 
-    found: dict[str, Any] = {"in force": backends.current(), "available": list(backends.available())}
+    usable = {*backends.available("cpu"), *backends.available("cuda")}
+    found: dict[str, Any] = {"in force": backends.current()}
+    found["available"] = [name for name in backends.BACKENDS if name in usable]
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        said = backends.explain("consensus_map", torch.empty(0, device=device))
+        said = backends.explain("consensus_map", torch.empty(0, 1, 1, 1, device=device))
         found[f"serves {device} tensors"] = re.findall(r"is served by (\w+)", said)[0]
     if backends.native is not None:
         found["cpu instruction set"] = backends.native.isa()
     for name in backends.BACKENDS:
-        if name not in backends.available():
+        if name not in usable:
             found[name] = backends.refusal(name, "", ())
+    if "cuda" in usable:
+        for index in range(torch.cuda.device_count()):
+            found[f"cuda on device {index}"] = (
+                backends.cards.refusal("consensus_map", index) or "its kernels are loaded"
+            )
     return found
 
 
@@ -98,6 +106,25 @@ def _threads(extension: Path, openmp: int | None) -> str:
     if (library := _openmp.library(str(extension))) is not None:
         return f"those of {_tilde(library)}"
     return f"one, for {'the build had no OpenMP' if openmp is None else 'no OpenMP library was found'}"
+
+
+def _device_code() -> dict[str, Any]:
+    """For which architectures kernels are packed, and why not for others."""
+    try:
+        with zipfile.ZipFile(PACKAGE / "_cuda.zip") as packed:
+            index = json.loads(packed.read("index.json"))
+    except FileNotFoundError:
+        return {"packed for": None, "reason": "It has not been compiled here (python setup.py build_ext --inplace)."}
+    found: dict[str, Any] = {"packed for": _in_order(image.partition("/")[0] for image in index["images"])}
+    found["compiled by"] = f"NVRTC {index['nvrtc']}" if index["nvrtc"] else None
+    without = index["missing"]
+    for reason in sorted(set(without.values())):
+        found["not " + " ".join(_in_order(name for name in without if without[name] == reason))] = reason
+    return found
+
+
+def _in_order(architectures: Iterable[str]) -> list[str]:
+    return sorted(set(architectures), key=lambda name: (name.startswith("compute"), int(name.partition("_")[2])))
 
 
 def _processor() -> dict[str, Any]:
@@ -166,6 +193,7 @@ def _variables() -> dict[str, str]:
 PROBES: dict[str, Callable[[], Any]] = {
     "package": _package,
     "extension": _extension,
+    "device code": _device_code,
     "backends": _backends,
     "python": lambda: f"{platform.python_implementation()} {platform.python_version()} ({platform.python_compiler()})",
     "platform": lambda: f"{platform.platform()}, {' '.join(platform.libc_ver()).strip() or 'unknown C library'}",

@@ -187,7 +187,7 @@ class CrossModalityConsensus(nn.Module):
     def consensus(self, features: Mapping[str, Tensor], gates: Mapping[str, Sequence[Tensor]] | None = None) -> Tensor:
         """The consensus map (N,1,H,W) of maps (N,C,H,W), with ``num_gates`` gates (N,C) a modality."""
         _check_features("CrossModalityConsensus", features, self.channels, 4)
-        if (gates is not None) != (self.num_gates > 0):
+        if (gates is None) if self.num_gates else (gates is not None):
             wanted = f"{self.num_gates} gates a modality" if self.num_gates else "no gates"
             raise ValueError(f"CrossModalityConsensus: made for {wanted}, got gates={'some' if gates else gates}")
         first = next(iter(self.channels))

@@ -138,7 +138,10 @@ def gated_consensus_pool(x: Tensor, gates: Sequence[Tensor], cmap: Tensor | None
 
 def widest(x: Tensor, *others: Tensor | None) -> torch.dtype:
     """float32 where any float32 stands beside a half x, else the dtype of x."""
-    return next((t.dtype for t in others if t is not None and t.dtype != x.dtype), x.dtype)
+    for t in others:  # a loop: next() with a default is beyond torch.compile of torch 2.7
+        if t is not None and t.dtype != x.dtype:
+            return t.dtype
+    return x.dtype
 
 
 def gated_projection(

@@ -11,9 +11,13 @@ from hypothesis import HealthCheck, settings
 pytest.register_assert_rewrite("exact", "library_cases", "op_cases")
 
 import m3em_fast  # noqa: E402
+import simt_cases  # noqa: E402
+from m3em_fast import backends as m3em_backends  # noqa: E402
 
-# One backend is one more word here: every test that takes the fixture `backend` then runs on it too.
-BACKENDS = ("reference", "cpu")
+# One backend is one more word here: every test that takes the fixture `backend` then runs on it too. simt runs those of
+# the ops that have kernels for cards; which op a test is of say its parameter `call` or `op`, or its mark `op`.
+BACKENDS = ("reference", "cpu", "simt")
+ON_CARDS = {op for op, kernels in m3em_backends.KERNELS.items() if "simt" in kernels}
 
 # The same examples in every run and on every machine; `--hypothesis-profile=search` looks for new ones.
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
@@ -26,9 +30,35 @@ PASSED = pytest.StashKey[Counter]()
 
 def pytest_configure(config):
     config.stash[PASSED] = Counter()
+    config.addinivalue_line("markers", "op(name): the op that a test without a parameter `call` is of")
     # Workers of pytest-xdist share the cores, and more threads than cores make small ops slower.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def op_of(item):
+    """The one op that a test calls, or an empty word."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if "call" in parameters:
+        return parameters["call"].op
+    mark = item.get_closest_marker("op")
+    return mark.args[0] if mark else parameters.get("op", "")
+
+
+def pytest_collection_modifyitems(config, items):
+    def runs(item):
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        return "simt" not in (parameters.get("backend"), parameters.get("kernels")) or op_of(item) in ON_CARDS
+
+    left_out = [item for item in items if not runs(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if runs(item)]
+
+
+def chosen(name):
+    if name == "simt":
+        simt_cases.simulated()
+    return m3em_fast.backend(name)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -38,10 +68,11 @@ def backend(request):
     Memory that torch hands out without writing to it is NaN for as long (that is what deterministic algorithms do to
     it), so an element that a kernel leaves out cannot be right by accident."""
     request.node.user_properties.append(("backend", request.param))
+    request.node.user_properties.append(("op", op_of(request.node)))
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with m3em_fast.backend(request.param):
+        with chosen(request.param):
             yield request.param
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
@@ -52,8 +83,17 @@ def kernels(request):
     """A backend with kernels, chosen by name, and a compiler that has seen nothing yet: a call that the backend cannot
     serve raises, and is not served by another one."""
     torch.compiler.reset()
-    with m3em_fast.backend(request.param):
+    with chosen(request.param):
         yield request.param
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """A driver library with two V100s that nobody has used, and its cards, behind the backend `simt`."""
+    monkeypatch.setattr(m3em_backends, "simulated", None)
+    opened = simt_cases.opened(tmp_path)
+    with m3em_fast.backend("simt"):
+        yield opened
 
 
 @pytest.fixture
@@ -63,9 +103,14 @@ def automatic():
         yield "reference"
 
 
-def backends_short_of_cases(passed):
-    """Backends that passed fewer cases than `reference`. A skip is no pass."""
-    return {name: count for name, count in passed.items() if count < passed["reference"]}
+def backends_short_of_cases(passed, on_cards=ON_CARDS):
+    """Backends that passed fewer cases of an op than `reference`, which has passed some. A skip is no pass."""
+    short = {}
+    for op in sorted({op for op, name in passed if name == "reference"}):
+        for name in ("cpu", "simt") if op in on_cards else ("cpu",):
+            if passed.get((op, name), 0) < passed[op, "reference"]:
+                short[op, name] = passed.get((op, name), 0)
+    return short
 
 
 def _short(config):
@@ -79,9 +124,9 @@ class _Count:
         self.passed = config.stash[PASSED]
 
     def pytest_runtest_logreport(self, report):
-        name = dict(report.user_properties).get("backend")
-        if name is not None:
-            self.passed[name] += report.when == "call" and report.passed
+        found = dict(report.user_properties)
+        if "backend" in found:
+            self.passed[found["op"], found["backend"]] += report.when == "call" and report.passed
 
 
 def pytest_sessionstart(session):
@@ -97,7 +142,11 @@ def pytest_sessionfinish(session, exitstatus):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    for name, count in config.stash[PASSED].items():
+    total = Counter()
+    for (_, name), count in config.stash[PASSED].items():
+        total[name] += count
+    for name, count in total.items():
         terminalreporter.write_line(f"op tests passed on backend {name}: {count}")
-    for name in _short(config):
-        terminalreporter.write_line(f"FAILED: {name} passed fewer cases than reference (a skip is no pass)", red=True)
+    for op, name in _short(config):
+        what = f"{name} passed fewer cases of {op or 'several ops'} than reference (a skip is no pass)"
+        terminalreporter.write_line(f"FAILED: {what}", red=True)

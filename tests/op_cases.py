@@ -17,7 +17,7 @@ LATENT = {1: 1, 3: 5, 64: 8}  # rows of the weight of a projection, never the nu
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded", "spread")
 
 # Backends that hold no half result of their own on the way, so that their bound has no term for it.
-ROUNDS_ONCE = ("reference", "cpu")
+ROUNDS_ONCE = ("reference", "cpu", "simt")
 
 
 @dataclass(frozen=True)

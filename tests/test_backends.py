@@ -34,6 +34,7 @@ def with_gradients(call, tensors):
 def test_the_extension_is_there():
     """`make test` builds it; without it every test of a compiled backend would pass by not being there."""
     assert "cpu" in backends.available(), backends.refusal("cpu", "consensus_map", ())
+    assert all("cpu" in kernels for kernels in backends.KERNELS.values())
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -160,7 +161,7 @@ def test_threads_that_call_ops_at_once_disturb_nothing(dtype):
 
 
 def test_an_unknown_backend_is_named():
-    message = r"m3em_fast.backend: .*one of auto, cpu, reference, got 'fpga'"
+    message = r"m3em_fast.backend: .*one of auto, cpu, cuda, reference, got 'fpga'"
     with pytest.raises(ValueError, match=message), m3em_fast.backend("fpga"):
         pass
 
@@ -191,6 +192,7 @@ def test_explain_says_what_serves_a_call_and_why_the_others_do_not():
     a = torch.randn(2, 3, 4, 4)
     assert m3em_fast.explain("consensus_map", a, a).splitlines() == [
         f"consensus_map is served by cpu ({backends.native.isa()}).",
+        f"cuda: {backends.cards.unavailable() or 'it takes CUDA tensors, not tensors on cpu'}",
         "reference: slower",
     ]
     assert m3em_fast.explain("consensus_pool", a.to("meta")).startswith("consensus_pool is served by cpu")
@@ -198,6 +200,7 @@ def test_explain_says_what_serves_a_call_and_why_the_others_do_not():
     assert tagged.splitlines() == [
         "channel_gate is served by reference.",
         "cpu: it takes plain tensors, not Tagged",
+        "cuda: it has no kernel for channel_gate",
     ]
     with m3em_fast.backend("reference"):
         assert "cpu: backend reference is chosen by name" in m3em_fast.explain("consensus_map", a, a)

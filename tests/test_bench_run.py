@@ -115,7 +115,7 @@ def test_half_is_compared_with_float32_within_rounds(monkeypatch):
     seconds = {torch.float16: [9.0, 2.0, 20.0, 4.0], torch.float32: [3.0, 30.0, 6.0]}  # half: a first call, then rounds
     turns, told = [], []
 
-    def step(entrant, problem, grads):
+    def step(entrant, problem, grads, device):
         dtype = problem.inputs["x"].dtype
         turns.append((entrant.provider.name, dtype))
         times = iter(seconds[dtype])
@@ -380,6 +380,7 @@ def test_half_cases_have_a_twin_where_float32_is_measured():
 
 
 def test_the_providers(monkeypatch):
-    monkeypatch.setattr(providers, "backends", lambda: ("cpu", "reference"))
+    monkeypatch.setattr(providers, "backends", lambda device: (device, "reference"))
     assert [p.name for p in providers.select((), True)] == ["eager", "compile", "cpu", "reference"]
     assert [p.name for p in providers.select(("reference",), False)] == ["eager", "reference"]
+    assert [p.name for p in providers.select((), False, "cuda")] == ["eager", "cuda", "reference"]

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,10 @@ def test_build_requirements_are_few():
     toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     project = toml.loads((ROOT / "pyproject.toml").read_text())
     names = {re.match(r"[\w-]+", requirement)[0] for requirement in project["build-system"]["requires"]}
-    assert names == {"setuptools", "pybind11", "ninja"}
+    assert names == {"setuptools", "pybind11", "ninja", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12"}
+    # They exist for one platform, and pip must not look for them on another.
+    x86 = "; sys_platform == 'linux' and platform_machine == 'x86_64'"
+    assert all(line.endswith(f"==12.9.*{x86}") for line in project["build-system"]["requires"] if "nvidia" in line)
 
 
 def test_build_in_place_compiles_only_what_changed(tree):
@@ -50,7 +54,8 @@ def test_build_in_place_compiles_only_what_changed(tree):
     (tree / "csrc/small.cpp").write_text('#include "small.h"\nint small() { return 1; }\n')
     fast = {"CXXFLAGS": "-O0"}
     # csrc/simt is built by its tests alone.
-    every = {p.relative_to(tree).as_posix() for d in ("csrc", "csrc/cpu") for p in (tree / d).glob("*.cpp")}
+    folders = ("csrc", "csrc/cpu", "csrc/cuda")
+    every = {p.relative_to(tree).as_posix() for d in folders for p in (tree / d).glob("*.cpp")}
     assert every > {"csrc/bindings.cpp", "csrc/small.cpp", "csrc/cpu/consensus_map.cpp"}
     assert compiled(build(tree, **fast)) == every
     info = build_info(extension(tree))
@@ -196,6 +201,9 @@ def test_environment_report_of_this_checkout():
     assert found["extension"]["version"] == version()
     assert found["extension"]["compiler"].split()[0] in ("gcc", "clang")
     assert re.match(r"those of \S+|one, for", found["extension"]["threads"])
+    with zipfile.ZipFile(ROOT / "m3em_fast/_cuda.zip") as archive:
+        packed = {name.partition("/")[0] for name in archive.namelist() if name.endswith((".cubin", ".ptx"))}
+    assert set(found["device code"]["packed for"]) == packed
     assert found["torch"]["version"] == importlib.metadata.version("torch")
     assert found["libraries"]["numpy"] == importlib.metadata.version("numpy")
     assert found["variables"]["M3EM_BACKEND"] == "reference"

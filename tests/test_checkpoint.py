@@ -16,6 +16,7 @@ from m3em_fast.uda.run import UsageError
 from train_cases import mutated
 
 CPU = torch.device("cpu")
+GIVEN = {"options": {"seed": 1}, "data": {"source_train": "ab" * 32, "target_test": "cd" * 32}}
 
 
 def parts():
@@ -44,7 +45,7 @@ def state():
     history = {"loss": [1.0, 2.0], "terms": [{"classification": 1.0}] * 2}
     history |= {"source_val": [scores], "target_test": [scores]}
     states = {name: part.state_dict() for name, part in trained.items()}
-    return {**states, "epoch": 1, "step": 0, "random": random_state(CPU), "history": history, "options": {"seed": 1}}
+    return {**states, "epoch": 1, "step": 0, "random": random_state(CPU), "history": history, **GIVEN}
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +55,17 @@ def checkpoint(state, tmp_path_factory):
     return path
 
 
+def put_into(path, **parts):
+    return restore(path, **GIVEN, **parts, device=CPU, epochs=2, steps=2)
+
+
 def put(path):
-    return restore(path, {"seed": 1}, **parts(), device=CPU, epochs=2, steps=2)
+    return put_into(path, **parts())
 
 
 def test_a_good_state_is_put_back(checkpoint, state):
     fresh = parts()
-    assert restore(checkpoint, {"seed": 1}, **fresh, device=CPU, epochs=2, steps=2) == (state["history"], 1, 0)
+    assert put_into(checkpoint, **fresh) == (state["history"], 1, 0)
     for name, x in state["model"].items():
         assert torch.equal(x, fresh["model"].state_dict()[name])
     momentum = fresh["optimizer"].state_dict()["state"]
@@ -101,6 +106,15 @@ MODEL = "does not fit this model; was it trained on other data, or altered"
         (lambda s: s.update(options=[]), "does not say with what options"),
         (lambda s: s.update(options={"seed": torch.ones(2)}), "does not say with what options"),
         (lambda s: s.update(options={}), "was started with --seed None, not 1"),
+        (lambda s: s.pop("step"), "must have exactly the entries of format 2; missing or unknown: step."),
+        (lambda s: s.update(more=1), "must have exactly the entries of format 2; missing or unknown: more."),
+        (lambda s: s.update(data=None), "does not say on what data"),
+        (lambda s: s["data"].pop("target_test"), "does not say on what data"),
+        (lambda s: s["data"].update(target_test=torch.ones(2)), "does not say on what data"),
+        (
+            lambda s: s["data"].update(target_test="ee" * 32),
+            "was started on a target_test whose manifest's SHA-256 begins with eeeeeeeeeeee, not cdcdcdcdcdcd; were",
+        ),
         (lambda s: s.update(epoch=3), LENGTH),
         (lambda s: s.update(epoch=-1), LENGTH),
         (lambda s: s.update(epoch=True), LENGTH),
@@ -135,7 +149,7 @@ MODEL = "does not fit this model; was it trained on other data, or altered"
         (lambda s: s.update(random={}), MODEL),
         (lambda s: s["random"].update(cpu=torch.zeros(7, dtype=torch.uint8)), MODEL),
     ],
-    ids=range(29),
+    ids=range(35),
 )
 def test_an_altered_state_is_refused(state, tmp_path, change, words):
     altered = copy.deepcopy(state)
@@ -151,7 +165,7 @@ def test_the_learning_rate_and_its_like_come_from_the_options(state, tmp_path):
     altered["optimizer"]["param_groups"][0].update(weight_decay=9.0, momentum=0.1, params=[])
     save_checkpoint(tmp_path / "checkpoint.pt", altered)
     fresh = parts()
-    restore(tmp_path / "checkpoint.pt", {"seed": 1}, **fresh, device=CPU, epochs=2, steps=2)
+    put_into(tmp_path / "checkpoint.pt", **fresh)
     group = fresh["optimizer"].param_groups[0]
     assert (group["weight_decay"], group["momentum"]) == (0, 0.9)
 
@@ -223,7 +237,7 @@ def test_any_state_is_put_back_or_refused(state, tmp_path, data):
     target, fresh = tmp_path / "checkpoint.pt", parts()
     save_checkpoint(target, altered)
     try:
-        history, epoch, step = restore(target, {"seed": 1}, **fresh, device=CPU, epochs=2, steps=2)
+        history, epoch, step = put_into(target, **fresh)
     except (CheckpointError, UsageError) as error:
         assert "\n" not in str(error) and str(tmp_path) in str(error)
     else:  # what was accepted can be trained with

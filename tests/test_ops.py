@@ -38,6 +38,7 @@ def test_layouts(backend, call, dtype, layout, shape):
     check(backend, call, tensors)
 
 
+@pytest.mark.op("consensus_map")
 @EVERY_DTYPE
 @pytest.mark.parametrize("first", LAYOUTS)
 @pytest.mark.parametrize("second", LAYOUTS)
@@ -121,6 +122,7 @@ def test_result_dtypes(backend):
     assert ops.gated_consensus_pool(x, [gate.half()], cmap).dtype == single
 
 
+@pytest.mark.op("consensus_map")
 @pytest.mark.parametrize("shape", [(7, 7), (14, 14), (7, 8), (1, 9), (8, 1), (2, 1), (17, 31)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("center", [False, True])

@@ -177,6 +177,7 @@ def test_second_derivatives_of_some_inputs(backend, call):
         assert gradgradcheck(call, leaves)
 
 
+@pytest.mark.op("consensus_map")
 def test_second_derivative_at_a_dead_position(backend):
     """A gradient penalty on features that are 0 somewhere, as after a ReLU: nothing there, and no NaN anywhere."""
     a, b = random_tensors(Call("consensus_map"), 2, 3, 4, 4, torch.float32)

@@ -29,6 +29,7 @@ def assert_dead(out, gradients, dead):
         assert gradient[0, :, 0, ~dead].any(dim=0).all()
 
 
+@pytest.mark.op("consensus_map")
 @EVERY_DTYPE
 def test_a_norm_below_eps_contributes_nothing(backend, dtype):
     """Below, at and above eps, in a and in b. The norms are exact: one channel holds all of each."""
@@ -42,6 +43,7 @@ def test_a_norm_below_eps_contributes_nothing(backend, dtype):
         assert_dead(out, gradients, dead)
 
 
+@pytest.mark.op("consensus_map")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_default_eps(backend, dtype):
     """Each norm is compared with eps, never their product: 1e-5 twice is live, 5e-9 beside 1000 is dead."""
@@ -52,6 +54,7 @@ def test_the_default_eps(backend, dtype):
     assert_dead(out, gradients, [False, True, False, True, True, True])
 
 
+@pytest.mark.op("consensus_map")
 @EVERY_DTYPE
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_a_scale_can_be_dead_alone(backend, dtype, layout):
@@ -70,6 +73,7 @@ def test_a_scale_can_be_dead_alone(backend, dtype, layout):
         assert torch.equal(gradient, wanted)
 
 
+@pytest.mark.op("consensus_map")
 @EVERY_DTYPE
 @pytest.mark.parametrize("center", [False, True])
 def test_some_and_all_positions_are_zero(backend, dtype, center):
@@ -84,6 +88,7 @@ def test_some_and_all_positions_are_zero(backend, dtype, center):
         assert not any(gradient.any() for gradient in gradients)
 
 
+@pytest.mark.op("consensus_map")
 @EVERY_DTYPE
 def test_equal_channels_have_no_deviation(backend, dtype):
     """center=True leaves nothing of a vector whose channels are all equal, nor of one that has a single channel."""
@@ -126,6 +131,7 @@ def test_what_is_not_finite_is_passed_on(backend, call, value, dtype):
                 assert other in ("weight", "bias") or gradient[1].isfinite().all()
 
 
+@pytest.mark.op("consensus_map")
 @EVERY_DTYPE
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("norm", [0.0, 2.0**-24])
@@ -144,6 +150,7 @@ def test_a_vanishing_vector_does_not_hide_what_is_not_finite(backend, dtype, val
         assert not gradient[..., 1:].isfinite().any()
 
 
+@pytest.mark.op("consensus_map")
 @EVERY_DTYPE
 def test_nan_beside_zero_in_every_scale(backend, dtype):
     call = Call("consensus_map")
@@ -189,6 +196,7 @@ def test_the_mean_of_the_largest_number(backend, dtype):
         assert torch.equal(pooled, wanted)
 
 
+@pytest.mark.op("consensus_map")
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("exponent", [-20, -6, 17])
 def test_large_and_small_maps(backend, exponent, center):
@@ -216,6 +224,7 @@ def test_float16_at_its_smallest_number(backend, call):
 # ------------------------------------------------------------------------------------ center=True, repeatability
 
 
+@pytest.mark.op("consensus_map")
 @EVERY_DTYPE
 @pytest.mark.parametrize("channels", [3, 64])
 @pytest.mark.parametrize("smooth", [False, True])

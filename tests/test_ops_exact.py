@@ -233,5 +233,9 @@ def test_assert_close_and_what_is_not_finite():
 
 
 def test_a_skipped_backend_is_short_of_cases():
-    assert backends_short_of_cases({"reference": 5, "cpu": 5, "simt": 4, "triton": 0}) == {"simt": 4, "triton": 0}
-    assert backends_short_of_cases({}) == {}
+    """Op by op: what one op has more on a backend makes up for nothing."""
+    passed = {("a", "reference"): 5, ("a", "cpu"): 5, ("a", "simt"): 4, ("b", "reference"): 3, ("b", "cpu"): 9}
+    assert backends_short_of_cases(passed, {"a"}) == {("a", "simt"): 4}
+    assert backends_short_of_cases(passed, {"a", "b"}) == {("a", "simt"): 4, ("b", "simt"): 0}
+    assert backends_short_of_cases({("", "reference"): 1}, {"a"}) == {("", "cpu"): 0}
+    assert backends_short_of_cases({}, {"a"}) == {}

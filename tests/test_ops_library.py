@@ -223,8 +223,8 @@ def test_meta_and_fake_tensors_go_through_the_registered_op(kernels, call):
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(tensor) for tensor in tensors]
     for inputs in (list(map(on_meta, tensors)), fakes):
-        waiting = [call(*leaves_of(inputs, [True] * len(tensors))).grad_fn]
-        names = []
+        out = call(*leaves_of(inputs, [True] * len(tensors)))  # kept: torch 2.7 frees its nodes with it
+        waiting, names = [out.grad_fn], []
         while waiting:
             node = waiting.pop()
             names.append(node.name())

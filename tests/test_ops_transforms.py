@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import exact
 import m3em_fast
 from m3em_fast import ops
-from m3em_fast.backends import BACKENDS, BackendError
+from m3em_fast.backends import BackendError
 from op_cases import CALLS, DTYPES, FULL_CALLS, HALF, Call, check, random_grad, random_tensors
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -253,7 +253,6 @@ def test_tensor_subclasses(automatic, call):
 
 
 @EVERY_CALL
-@pytest.mark.parametrize("kernels", [name for name in BACKENDS if name != "reference"])
 def test_a_backend_chosen_by_name_says_why_it_cannot_serve_a_call(kernels, call):
     tensors = random_tensors(call, 2, 3, 5, 4, torch.float32)
     tagged = [tensor.as_subclass(Tagged) for tensor in tensors]

@@ -1,4 +1,5 @@
-"""The CUDA kernels, run on the CPU by csrc/simt, against the exact results; and that this net has no holes."""
+"""The CUDA kernels on the CPU, through the Python and the launcher of a card (csrc/simt), against the exact results;
+and that this net has no holes. The general op tests run on the backend `simt` as well."""
 
 import shutil
 
@@ -6,101 +7,145 @@ import pytest
 import torch
 
 import exact
+import m3em_fast
 import simt_cases
-from op_cases import DTYPES, Call, random_grad, random_tensors
-from simt_cases import ORDERS, ROOT, Failed
+from m3em_fast import backends
+from m3em_fast.backends import BackendError, native
+from m3em_fast.ops._cpu import DTYPES as NUMBERS
+from op_cases import DTYPES, HALF, Call, check, lay_out, random_grad, random_tensors
+from simt_cases import ORDERS, ROOT
 
 # One chunk and several, full tiles and parts of one, more cells than threads, maps longer than wide.
 SHAPES = [(2, 64, 7, 7), (1, 200, 7, 7), (2, 5, 14, 14), (2, 3, 5, 3), (1, 33, 1, 1), (2, 8, 1, 9), (1, 130, 7, 8)]
 SHAPES += [(1, 16, 28, 20), (0, 3, 7, 7)]
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+CENTER = pytest.mark.parametrize("center", [False, True], ids=["cosine", "pearson"])
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return simt_cases.build(tmp_path_factory.mktemp("simt"))
+@pytest.fixture(autouse=True)
+def driver():
+    """Memory that nobody has written to is NaN, and every kernel is one of those for cards."""
+    found, _ = simt_cases.simulated()
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with m3em_fast.backend("simt"):
+        yield found
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    found.order("forward")
 
 
-def accumulation(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def launched(driver):
+    return [call.subject.split()[0] for call in driver.log() if call.name == "cuLaunchKernel"]
 
 
-def check(library, call, a, b, grad, **options):
-    scales = call.options.get("num_scales") or min(3, exact.scale_limit(*a.shape[2:]))
-    center = call.options.get("center", False)
-    found = simt_cases.consensus_map(library, a, b, grad, scales, center, **options)
-    expected = [call.exact([a, b]), *call.exact_gradients([a, b], grad)]
-    for got, want in zip(found, expected, strict=True):
-        if got is not None:
-            exact.assert_close(got, want.value, exact.bound(want, a.dtype, accumulation(a.dtype)), str(call))
-    return found
-
-
-def draw(call, shape, dtype, layout="contiguous"):
-    a, b = random_tensors(call, *shape, dtype, layouts=[layout] * 2)
-    return a, b, random_grad(torch.empty(shape[0], 1, *shape[2:], dtype=dtype))
+EVERY_LAYOUT = [(shape, layout) for shape in SHAPES for layout in ("contiguous", "channels_last")]
+EVERY_LAYOUT += [(shape, layout) for shape in SHAPES[:3] for layout in ("sliced", "expanded")]
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("center", [False, True], ids=["cosine", "pearson"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded"])
-def test_consensus_map(library, dtype, shape, center, layout):
+@pytest.mark.parametrize(("shape", "layout"), EVERY_LAYOUT, ids=str)
+@CENTER
+def test_consensus_map(driver, dtype, shape, layout, center):
     call = Call("consensus_map", options={"center": center})
-    a, b, grad = draw(call, shape, dtype, layout)
-    for general in {False, shape[2:] == (7, 7)}:
-        check(library, call, a, b, grad, general=general)
+    driver.log()
+    check("simt", call, random_tensors(call, *shape, dtype, layouts=[layout] * 2))
+    form = "7x7" if shape[2:] == (7, 7) and dtype != torch.float64 else "any"
+    ending = f"{'bf' if dtype == torch.bfloat16 else 'f'}{torch.finfo(dtype).bits}_{form}"
+    expected = [f"consensus_map_{stage}_{ending}" for stage in ("partial", "finish", "backward")]
+    assert launched(driver) == (expected if shape[0] else [])
 
 
 @EVERY_DTYPE
 @pytest.mark.parametrize("shape", [(2, 64, 7, 7), (1, 130, 7, 8)], ids=str)
-@pytest.mark.parametrize("center", [False, True], ids=["cosine", "pearson"])
-def test_no_order_of_threads_changes_a_bit(library, dtype, shape, center):
+@CENTER
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_no_order_of_threads_changes_a_bit(driver, dtype, shape, center, layout):
     call = Call("consensus_map", options={"center": center})
-    a, b, grad = draw(call, shape, dtype)
-    results = [simt_cases.consensus_map(library, a, b, grad, 3, center, order=order) for order in ORDERS]
+    tensors = random_tensors(call, *shape, dtype, layouts=[layout] * 2)
+    results = []
+    for order in ORDERS:
+        driver.order(order)
+        out, gradients = check("simt", call, tensors)
+        results.append([out.detach(), *gradients])
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
 
-@pytest.mark.parametrize("scales", [1, 2, 3, 4, 5])
-def test_every_number_of_scales(library, scales):
+@EVERY_DTYPE
+@pytest.mark.parametrize("scales", [1, 2])
+def test_the_general_kernels_on_the_special_shape(driver, dtype, scales):
+    """The kernels for 7x7 are for three scales alone."""
     call = Call("consensus_map", options={"num_scales": scales})
-    check(library, call, *draw(call, (2, 6, 17, 9), torch.float32))
+    driver.log()
+    check("simt", call, random_tensors(call, 1, 200, 7, 7, dtype))
+    assert all(name.endswith("_any") for name in launched(driver))
 
 
-def test_a_clip_does_not_depend_on_the_batch(library):
+def test_a_clip_does_not_depend_on_the_batch():
     call = Call("consensus_map")
-    a, b, grad = draw(call, (3, 130, 7, 7), torch.float16)
-    whole = simt_cases.consensus_map(library, a, b, grad, 3)
-    alone = simt_cases.consensus_map(library, a[1:2], b[1:2], grad[1:2], 3)
+    a, b = random_tensors(call, 3, 130, 7, 7, torch.float16)
+    grad = random_grad(call(a, b))
+    _, whole = check("simt", call, [a, b], grad=grad)
+    out, alone = check("simt", call, [a[1:2], b[1:2]], grad=grad[1:2])
+    assert torch.equal(call(a, b)[1:2], out)
     assert all(torch.equal(one[1:2], other) for one, other in zip(whole, alone, strict=True))
 
 
-@pytest.mark.parametrize("needs", ["a", "b"])
-def test_a_gradient_of_one_map_alone(library, needs):
+@pytest.mark.parametrize("half", HALF, ids=str)
+@pytest.mark.parametrize("shape", [(2, 64, 7, 7), (1, 16, 7, 8)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "expanded"])
+def test_a_float32_result_of_half_maps(half, shape, layout):
+    """As under CUDA autocast: not rounded to half on the way, and neither is its gradient."""
     call = Call("consensus_map")
-    found = check(library, call, *draw(call, (1, 40, 7, 7), torch.float32), needs=needs)
-    assert [g is not None for g in found[1:]] == [name in needs for name in "ab"]
+    tensors = random_tensors(call, *shape, half)
+    leaves = [t.requires_grad_() for t in tensors]
+    out, _ = torch.ops.m3em_fast._consensus_map(*leaves, 3, False, 1e-8, torch.float32, "simt")
+    assert out.dtype == torch.float32
+    expected = call.exact(tensors)
+    exact.assert_close(out, expected.value, exact.bound(expected, torch.float32, torch.float32))
+    # Beyond what half can hold, as GradScaler has it.
+    grad = lay_out(65536 * random_grad(torch.empty(out.shape)), layout)
+    for got, wanted in zip(torch.autograd.grad(out, leaves, grad), call.exact_gradients(tensors, grad), strict=True):
+        exact.assert_close(got, wanted.value, exact.bound(wanted, half, torch.float32))
 
 
-def test_a_mean_of_a_hundred_deviations(library):
-    call = Call("consensus_map", options={"center": True})
-    a, b, grad = draw(call, (1, 200, 7, 7), torch.float32)
-    check(library, call, a + 100, b - 100, grad)
+def test_python_and_the_host_know_alike_what_fits():
+    """Shared memory of every small map, for any number of channels and scales, is what the smallest card has."""
+    for h in range(1, 513):
+        for w in {1, 2, 3, 7, 22, 512 // h} - {0}:
+            if h * w <= 512:
+                for dtype in (torch.float64, torch.float32):
+                    needed = [
+                        native.cuda_consensus_map_needs(NUMBERS[dtype], d, h, w, exact.scale_limit(h, w), True)[2]
+                        for d in (1, 512)
+                    ]
+                    assert max(needed) <= 64 << 10, (h, w, dtype)
 
 
-@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
-def test_dead_positions_and_what_is_not_finite(library, value):
-    a, b, grad = draw(Call("consensus_map"), (1, 40, 7, 7), torch.float32)
-    a[0, :, 2, 3] = value
-    out, grad_a, grad_b = simt_cases.consensus_map(library, a, b, grad, 1)
-    if value == 0:
-        assert out[0, 0, 2, 3] == 0 and not grad_a[0, :, 2, 3].any() and not grad_b[0, :, 2, 3].any()
-        assert out[0, 0].count_nonzero() == 48
-    else:
-        assert out[0, 0, 2, 3].isnan() and grad_a[0, :, 2, 3].isnan().all()
-        assert out.isnan().sum() == 1
+@pytest.mark.parametrize(("center", "side"), [(False, 57), (True, 51)])
+def test_the_largest_map_of_a_v100(center, side):
+    fits, does_not = (native.cuda_consensus_map_needs(1, 512, h, h, 3, center)[2] <= 96 << 10 for h in (side, side + 1))
+    assert fits and not does_not
+
+
+def test_a_map_too_large_for_a_block_is_declined():
+    call = Call("consensus_map")
+    tensors = random_tensors(call, 1, 2, 80, 80, torch.float32)
+    reason = r"a map of 80x80 needs \d+ bytes of shared memory a block, and there are 98304"
+    with pytest.raises(BackendError, match=f"consensus_map: backend simt cannot serve this call: {reason}"):
+        call(*tensors)
+    assert call.op in m3em_fast.explain("consensus_map", *tensors)
+    assert "is served by none" in m3em_fast.explain("consensus_map", *tensors)
+    with pytest.raises(Exception, match=reason):
+        torch.compile(lambda *t: call(*t), backend="eager", fullgraph=True)(*tensors)
+
+
+def test_more_shared_memory_than_is_given_unasked(driver):
+    call = Call("consensus_map")
+    driver.log()
+    check("simt", call, random_tensors(call, 1, 2, 56, 56, torch.float32))
+    found = [int(c.subject.split("shared=")[1].split()[0]) for c in driver.log() if c.name == "cuLaunchKernel"]
+    assert max(found) > 48 << 10
 
 
 # What would go wrong on a card -> a step too few or too many in a copy of the kernel.
@@ -118,28 +163,30 @@ SEEDED = {
         "        pool_tiles(g, room, count);\n        if (tid < 64)\n            __syncthreads();\n        if",
     ),
     "an element is not written": (
-        "        out[q] = narrow<T>(value);",
-        "        if (q != 48)\n            out[q] = narrow<T>(value);",
+        "            static_cast<T *>(m.out.data)[first + q] = narrow<T>(value);",
+        "            if (q != 48)\n            static_cast<T *>(m.out.data)[first + q] = narrow<T>(value);",
     ),
     "a channel is left out": ("for (int i = 0; i < mine; ++i) {", "for (int i = 1; i < mine; ++i) {"),
 }
 
 
 @pytest.mark.parametrize("fault", SEEDED)
-def test_a_seeded_fault_is_caught(tmp_path, fault):
+def test_a_seeded_fault_is_caught(tmp_path, monkeypatch, fault):
     right, wrong = SEEDED[fault]
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     path = tmp_path / "csrc/cuda/consensus_map.cu"
     source = path.read_text()
     assert source.count(right) == 1
     path.write_text(source.replace(right, wrong))
-    library = simt_cases.build(tmp_path, tmp_path / "csrc", ["-O0"])
+    monkeypatch.setattr(backends, "simulated", None)
+    broken, _ = simt_cases.opened(tmp_path, simt_cases.build(tmp_path / "csrc", ["-O0"], tmp_path / "build"))
     call = Call("consensus_map")
-    a, b, grad = draw(call, (1, 200, 7, 7), torch.float32)
+    tensors = random_tensors(call, 1, 200, 7, 7, torch.float32)
     caught = 0
     for order in ORDERS:
+        broken.order(order)
         try:
-            check(library, call, a, b, grad, order=order)
-        except (Failed, AssertionError):
+            check("simt", call, tensors)
+        except (native.DriverError, AssertionError):
             caught += 1
     assert caught

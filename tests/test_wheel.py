@@ -39,7 +39,9 @@ def tree(tmp_path_factory):
     tree = clean_tree(tmp_path_factory.mktemp("wheel") / "tree")
     # What an earlier build left in the checkout belongs into neither of them.
     (tree / "m3em_fast/_C.stale.so").touch()
-    make_wheel(tree, tree.parent / "stamps")
+    (tree / "m3em_fast/_cuda.zip").touch()
+    # With device code: the cache has it, if this checkout was built here.
+    make_wheel(tree, tree.parent / "stamps", M3EM_CUDA_ARCHS="all")
     return tree
 
 
@@ -89,11 +91,11 @@ def test_archive_holds_what_a_checkout_does(tree, archive):
         inside = {name.partition("/")[2] for name in packed.getnames()}
     folders = ("bench", "csrc", "docs", "m3em_fast", "tests")
     wanted = {p.relative_to(tree).as_posix() for folder in folders for p in (tree / folder).rglob("*.*")}
-    wanted = {name for name in wanted if "__pycache__" not in name} - {"m3em_fast/_C.stale.so"}
+    wanted = {name for name in wanted if "__pycache__" not in name} - {"m3em_fast/_C.stale.so", "m3em_fast/_cuda.zip"}
     assert wanted > {"csrc/bindings.cpp", "csrc/cpu/kernels.h", "bench/eager.py", "tests/test_wheel.py"}
     wanted |= {"Makefile", "LICENSE", "constraints.txt", "pyproject.toml", "setup.py", "train.py"}
     assert wanted <= inside, wanted - inside
-    assert not [name for name in inside if name.endswith((".so", ".o", ".pyc", ".whl"))]
+    assert not [name for name in inside if name.endswith((".so", ".o", ".pyc", ".whl", ".zip"))]
 
 
 def test_wheel_holds_the_package_and_nothing_else(tree, unpacked):
@@ -101,8 +103,21 @@ def test_wheel_holds_the_package_and_nothing_else(tree, unpacked):
     package = {p.relative_to(tree).as_posix() for p in (tree / "m3em_fast").rglob("*.py")}
     info = f"m3em_fast-{version()}.dist-info"
     binary = extension(unpacked).relative_to(unpacked).as_posix()
-    assert {name for name in files if not name.startswith(info)} == package | {binary}
+    assert {name for name in files if not name.startswith(info)} == package | {binary, "m3em_fast/_cuda.zip"}
     assert f"{info}/licenses/LICENSE" in files
+
+
+def test_wheel_holds_the_device_code_and_nothing_of_nvidias(tree, unpacked):
+    with zipfile.ZipFile(unpacked / "m3em_fast/_cuda.zip") as packed:
+        names, index = set(packed.namelist()), json.loads(packed.read("index.json"))
+        kernels = "".join(packed.read(name).decode() for name in names if name.startswith("compute_80/"))
+    sources = {f"source/cuda/{p.name}" for p in (tree / "csrc/cuda").glob("*.cu*")}
+    assert names == {"index.json", *index["images"], *sources}
+    # The isolated build had NVRTC 12.9 of its own, whatever the environment of the tests has.
+    assert (index["version"], index["nvrtc"], index["missing"]) == (version(), "12.9", {})
+    assert {"sm_70/consensus_map.cubin", "sm_120/consensus_map.cubin"} < set(index["images"])
+    assert 0 < kernels.count(".entry ") <= 60
+    assert not [p for p in unpacked.rglob("*") if "nvrtc" in p.name and p.suffix != ".py"]
 
 
 def test_tags_are_those_of_this_python_on_manylinux(wheel, unpacked):
@@ -141,7 +156,7 @@ def test_every_op_of_the_installed_wheel_is_right_without_a_compiler(installed, 
     assert [shutil.which(name, path=installed.parent) for name in ("g++", "c++", "clang++", "cc", "ninja")] == [
         None
     ] * 5
-    for name in ("conftest.py", "exact.py", "op_cases.py", "test_ops.py"):
+    for name in ("conftest.py", "exact.py", "op_cases.py", "simt_cases.py", "test_ops.py"):
         shutil.copy(ROOT / "tests" / name, tmp_path)
     where = "import m3em_fast; print(m3em_fast.__file__)"
     assert Path(without_a_compiler(installed, "-c", where).strip()).is_relative_to(installed.parents[1])

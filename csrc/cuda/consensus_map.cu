@@ -10,11 +10,21 @@
 // Chunks and tiles depend on D, H, W and the dtype alone, and every sum has one order, so a sample's result does not
 // depend on the others in the batch nor on the card.
 #include "cuda/consensus_map.cuh"
+#include "cuda/device.cuh"
 #include "cuda/scales.cuh"
 #include "cuda/sums.cuh"
 
 namespace m3em {
 namespace {
+
+// What a block works on: channels c0 .. c1 of one sample.
+struct Part {
+    long long n;
+    int c0, c1;
+    __device__ explicit Part(const ConsensusMapArguments &m)
+        : n(blockIdx.x / m.chunks), c0(int(blockIdx.x % m.chunks) * m.chunk),
+          c1(c0 + m.chunk < m.d ? c0 + m.chunk : m.d) {}
+};
 
 // Channels c0 .. c0+count of a sample to rows of `pitch` numbers in shared memory, less `means` if there are any.
 template <class T, class A>
@@ -211,7 +221,7 @@ __device__ void finish(const ConsensusMapArguments &m) {
         }
     }
     __syncthreads();
-    T *out = static_cast<T *>(m.out.data) + n * g.positions;
+    const long long first = n * g.positions;
 #pragma unroll 1
     for (int q = tid; q < g.positions; q += MapThreads) {
         const int y = q / g.w, x = q - y * g.w;
@@ -226,7 +236,10 @@ __device__ void finish(const ConsensusMapArguments &m) {
                     value += (i ? ty.share : A(1) - ty.share) * (j ? tx.share : A(1) - tx.share) *
                              cells[(i ? ty.high : ty.low) * columns + (j ? tx.high : tx.low)];
         }
-        out[q] = narrow<T>(value);
+        if (m.wide)
+            static_cast<A *>(m.out.data)[first + q] = value;
+        else
+            static_cast<T *>(m.out.data)[first + q] = narrow<T>(value);
     }
 }
 
@@ -235,11 +248,12 @@ __device__ void finish(const ConsensusMapArguments &m) {
 template <class A, class T, class G>
 __device__ void make_factors(const G &g, const ConsensusMapArguments &m, long long n, const A *stats, A *grad,
                              A *factors) {
-    const T *grad_out = static_cast<const T *>(m.grad_out.data) + n * m.grad_out.stride[0];
 #pragma unroll 1
     for (int q = threadIdx.x; q < g.positions; q += MapThreads) {
         const int y = q / g.w, x = q - y * g.w;
-        grad[q] = widen(grad_out[y * m.grad_out.stride[2] + x * m.grad_out.stride[3]]);
+        const long long at = n * m.grad_out.stride[0] + y * m.grad_out.stride[2] + x * m.grad_out.stride[3];
+        grad[q] = m.wide ? static_cast<const A *>(m.grad_out.data)[at]
+                         : A(widen(static_cast<const T *>(m.grad_out.data)[at]));
     }
     __syncthreads();
 #pragma unroll 1

@@ -1,7 +1,7 @@
-// What the host and the kernels of consensus_map agree on: the arguments, and who works on what.
+// What the host and the kernels of consensus_map agree on.
 #pragma once
 
-#include "cuda/device.cuh"
+#include "cuda/arguments.cuh"
 
 namespace m3em {
 namespace {
@@ -22,15 +22,7 @@ struct ConsensusMapArguments {
     int chunk;  // channels of a block; the last block of a sample may have fewer
     int chunks; // blocks of a sample
     int tile;   // channels in shared memory at a time
-};
-
-// What a block works on: channels c0 .. c1 of one sample.
-struct Part {
-    long long n;
-    int c0, c1;
-    __device__ explicit Part(const ConsensusMapArguments &m)
-        : n(blockIdx.x / m.chunks), c0(int(blockIdx.x % m.chunks) * m.chunk),
-          c1(c0 + m.chunk < m.d ? c0 + m.chunk : m.d) {}
+    int wide;   // out and grad_out are in the accumulation type, whatever the maps are
 };
 
 } // namespace

@@ -4,6 +4,8 @@
 // compiler, so nothing of CUDA is used here that csrc/simt does not have.
 #pragma once
 
+#include "cuda/arguments.cuh"
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -18,12 +20,6 @@
 
 namespace m3em {
 namespace {
-
-// A tensor (N,C,H,W); strides count elements.
-struct Map {
-    void *data;
-    long long stride[4];
-};
 
 template <class T>
 struct acc_of {
@@ -56,9 +52,6 @@ __device__ inline float root(float x) { return sqrtf(x); }
 __device__ inline double root(double x) { return sqrt(x); }
 __device__ inline bool finite(float x) { return fabsf(x) <= 3.402823466e38f; }
 __device__ inline bool finite(double x) { return fabs(x) <= 1.7976931348623157e308; }
-
-// Rows of an odd number of words: then neither a walk along a row nor one down a column meets a bank twice.
-__host__ __device__ constexpr int odd(int count) { return count | 1; }
 
 // 16 bytes, the widest access.
 template <class T>

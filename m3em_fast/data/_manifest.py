@@ -90,6 +90,7 @@ class Manifest:
     num_classes: dict[str, int]
     meta: dict[str, Any]
     shards: list[Shard]
+    sha256: str
 
 
 def _whole(value: Any, low: int, high: int) -> bool:
@@ -169,7 +170,8 @@ def load_manifest(folder: Path) -> Manifest:
             raise StoreError(f"{where} is no ordinary file.")
         if state.st_size > _MAX_MANIFEST_BYTES:
             raise StoreError(f"{where} has {state.st_size} bytes; a manifest has at most {_MAX_MANIFEST_BYTES}.")
-        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        data = path.read_bytes()
+        document = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
     except OSError as error:
         raise StoreError(f"{folder} is no feature store: {MANIFEST} cannot be read ({error.strerror}).") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -207,7 +209,8 @@ def load_manifest(folder: Path) -> Manifest:
     if not isinstance(document["meta"], dict):
         raise StoreError(f"{where}: meta must be an object.")
     shards = _check_shards(document["shards"], modalities, len(clips), where)
-    return Manifest(clips, modalities, labels, num_classes, document["meta"], shards)
+    fingerprint = hashlib.sha256(data).hexdigest()
+    return Manifest(clips, modalities, labels, num_classes, document["meta"], shards, fingerprint)
 
 
 def _check_shards(entries: Any, modalities: dict[str, Modality], count: int, where: str) -> list[Shard]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ._extra import needs
+from .. import _cli
 from ._manifest import Manifest, Modality, Shard, StoreError, check_shard_header, load_manifest, sha256
 from ._writer import FeatureStoreWriter
 
@@ -58,6 +58,7 @@ class FeatureStore:
         labels: "verb" and "noun" -> int64 array (clips,); None for a split without labels.
         num_classes: classes under each label name.
         meta: what the writer was given.
+        fingerprint: SHA-256 of the manifest, which holds that of every shard.
 
     Raises:
         StoreError: anything about the store is not as it should be.
@@ -67,7 +68,7 @@ class FeatureStore:
         self.path = Path(path)
         manifest: Manifest = load_manifest(self.path)
         self.clips, self.modalities, self.labels = manifest.clips, manifest.modalities, manifest.labels
-        self.num_classes, self.meta = manifest.num_classes, manifest.meta
+        self.num_classes, self.meta, self.fingerprint = manifest.num_classes, manifest.meta, manifest.sha256
         self._shards: dict[str, list[Shard]] = {name: [] for name in self.modalities}
         self._offsets: dict[str, int] = {}
         for shard in manifest.shards:
@@ -202,7 +203,7 @@ def show(path: Path, /, verify: bool = False) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of :func:`show`; one sentence on stderr and status 2 where something is refused."""
     try:
-        needs("tyro").cli(show, args=arguments, prog="python -m m3em_fast.data.store")
+        _cli.cli(show, arguments, prog="python -m m3em_fast.data.store")
     except (StoreError, ImportError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
@@ -18,7 +19,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 def tensor(op: str, name: str, value: Any, ndim: int, shape: str) -> None:
     """``value`` is a floating-point, strided tensor of ``ndim`` dimensions, none but the first of size 0."""
-    plain = type(value) is Tensor or type(value) is torch.nn.Parameter
+    plain = type(value) is Tensor or type(value) is Parameter
     if plain and value.dim() == ndim and value.numel() and value.dtype in FLOATS and value.layout is torch.strided:
         return  # nearly every call; told in the fewest questions
     if not isinstance(value, Tensor):
@@ -47,6 +48,16 @@ def beside(op: str, name: str, value: Tensor, x_name: str, x: Tensor) -> None:
     raise TypeError(f"{op}: {name} must be {wanted} beside {x_name} in {name_of(x.dtype)}, got {name_of(value.dtype)}")
 
 
+def tensor_beside(op: str, name: str, value: Any, ndim: int, shape: str, x: Tensor) -> None:
+    """``tensor`` and ``beside`` of one value, with x checked before."""
+    plain = type(value) is Tensor or type(value) is Parameter
+    alike = plain and value.dtype is x.dtype and value.is_cpu and x.is_cpu
+    if alike and value.dim() == ndim and value.numel() and value.layout is torch.strided:
+        return  # nearly every one
+    tensor(op, name, value, ndim, shape)
+    beside(op, name, value, "x", x)
+
+
 def gates(op: str, value: Any, x: Tensor) -> tuple[Tensor, ...]:
     """A sequence of at least one gate (N,C) for x (N,C,H,W), as a tuple."""
     plain = type(value) is tuple or type(value) is list
@@ -70,9 +81,8 @@ def gates(op: str, value: Any, x: Tensor) -> tuple[Tensor, ...]:
 
 def consensus(op: str, value: Any, x: Tensor) -> None:
     """A consensus map (N,1,H,W) for x (N,C,H,W)."""
-    tensor(op, "cmap", value, 4, "(N,1,H,W)")
+    tensor_beside(op, "cmap", value, 4, "(N,1,H,W)", x)
     n, _, h, w = x.shape
     wanted = (n, 1, h, w)
     if value.shape != wanted:
         raise ValueError(f"{op}: cmap must be (N,1,H,W) = {wanted} for this x, got {tuple(value.shape)}")
-    beside(op, "cmap", value, "x", x)

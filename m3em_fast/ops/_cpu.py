@@ -16,6 +16,11 @@ def arg(x: Tensor | Form | None) -> tuple | None:
     return None if x is None else (x.data_ptr(), DTYPES[x.dtype], x.stride())
 
 
+def every(*tensors: Tensor) -> list[tuple]:
+    """``arg`` of tensors that are all there, in less time."""
+    return [(x.data_ptr(), DTYPES[x.dtype], x.stride()) for x in tensors]
+
+
 class Form:
     """What is left of an input that a backward does not read: enough to make memory for its gradient."""
 
@@ -46,8 +51,8 @@ def empty_beside(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     n, _, h, w = x.shape
     if is_channels_last(x):
         return torch.empty((n, channels, h, w), dtype=dtype, memory_format=torch.channels_last)
-    # The quicker call of the two, but it needs a tensor of that dtype.
-    return x.new_empty((n, channels, h, w)) if x.dtype is dtype else torch.empty((n, channels, h, w), dtype=dtype)
+    # The quickest call: sizes not in a tuple, of a tensor of that dtype.
+    return x.new_empty(n, channels, h, w) if x.dtype is dtype else torch.empty((n, channels, h, w), dtype=dtype)
 
 
 def gradient_of(x: Tensor | Form | None, needed: bool) -> Tensor | None:

@@ -30,11 +30,14 @@ class Kernels:
             stands its :class:`Form`, without memory.
         form: (options, tensors) -> what a forward that saves returns, in memory that nothing is written to. For meta
             and fake tensors, so without a look at values or addresses.
+        refuses: (options, tensors) -> why these kernels cannot serve a call that their backend could, or None. Without
+            options it asks for the op's defaults. Not there where they serve every call.
     """
 
     forward: Callable[[tuple, Tensors, bool], tuple[Tensor, Sequence[Tensor]]]
     backward: Callable[[tuple, Tensor, Tensors, Sequence[Tensor], Sequence[bool]], Sequence[Tensor | None]]
     form: Callable[[tuple, Tensors], tuple[Tensor, Sequence[Tensor]]]
+    refuses: Callable[[tuple, Sequence[Any]], str | None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +62,16 @@ class Op:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "registered", Registered(self))
+        backends.KERNELS[self.name] = self.kernels
 
     def __call__(self, options: tuple, *tensors: Tensor | None) -> Tensor:
         backend, registered = backends.choose(self.name, self.kernels, tensors)
         if backend == "reference":
+            return self.reference(options, tensors)
+        kernels = self.kernels[backend]
+        if kernels.refuses is not None and (reason := kernels.refuses(options, tensors)) is not None:
+            if backends.chosen_by_name():
+                raise backends.refused_by(backend, self.name, reason)
             return self.reference(options, tensors)
         if registered:
             return self.registered(options, tensors, backend)
@@ -70,7 +79,7 @@ class Op:
             for t in tensors:
                 if t is not None and t.requires_grad:
                     return _Apply.apply(self, options, backend, *tensors)
-        return self.kernels[backend].forward(options, tensors, False)[0]
+        return kernels.forward(options, tensors, False)[0]
 
 
 class _Call:

@@ -59,7 +59,8 @@ class Registered:
     @staticmethod
     def _define(name: str, schema: str, real: Any, fake: Any) -> Any:
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, real, "CPU")
+        for key in ("CPU", "CUDA"):
+            _library.impl(name, real, key)
         torch.library.register_fake(f"m3em_fast::{name}", fake, lib=_library)
         return getattr(torch.ops.m3em_fast, name).default
 
@@ -79,21 +80,23 @@ class Registered:
             return list(grouped)
         return [*grouped[: self.list_at], *grouped[self.list_at], *grouped[self.list_at + 1 :]]
 
-    def _kernels(self, backend: str) -> Kernels:
-        """A program made elsewhere may name a backend that is not here."""
-        reason = backends.missing(backend, self.op.name, self.op.kernels)
+    def _kernels(self, backend: str, first: Tensor) -> Kernels:
+        """A program made elsewhere may name a backend that is not here, or have been moved to another device."""
+        name, device = self.op.name, first.device
+        reason = backends.missing(backend, name, self.op.kernels)
+        reason = reason or backends.misplaced(backend, name, device.type, device.index)
         if reason is not None:
-            raise backends.BackendError(f"{self.op.name}: backend {backend} cannot serve this call: {reason}")
+            raise backends.refused_by(backend, name, reason)
         return self.op.kernels[backend]
 
     def _forward(self, *arguments: Any) -> Any:
-        kernels = self._kernels(arguments[-1])
-        out, extra = kernels.forward(arguments[self.count : -1], tuple(self._flat(arguments[: self.count])), True)
+        tensors = tuple(self._flat(arguments[: self.count]))
+        out, extra = self._kernels(arguments[-1], tensors[0]).forward(arguments[self.count : -1], tensors, True)
         return (out, *extra) if self.saves else out
 
     def _fake_forward(self, *arguments: Any) -> Any:
-        kernels = self._kernels(arguments[-1])
         tensors = tuple(self._flat(arguments[: self.count]))
+        kernels = self._kernels(arguments[-1], tensors[0])
         with torch.device(tensors[0].device):
             out, extra = kernels.form(arguments[self.count : -1], tensors)
         return (out, *extra) if self.saves else out
@@ -133,7 +136,7 @@ class Registered:
 
     def _backward(self, grad: Tensor, *arguments: Any) -> list[Tensor]:
         tensors, saved, options, needs, backend = self._backward_arguments(arguments)
-        grads = self._kernels(backend).backward(options, grad, tensors, saved, needs)
+        grads = self._kernels(backend, grad).backward(options, grad, tensors, saved, needs)
         return [g for g, need in zip(grads, needs, strict=True) if need and g is not None]
 
     def _fake_backward(self, grad: Tensor, *arguments: Any) -> list[Tensor]:

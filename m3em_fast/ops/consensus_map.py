@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from m3em_fast import reference
-from m3em_fast.backends import native
-from m3em_fast.ops import _checks
-from m3em_fast.ops._cpu import arg, args, gradient_of
+from m3em_fast.backends import constant, native
+from m3em_fast.ops import _checks, _cuda
+from m3em_fast.ops._cpu import DTYPES, arg, args, gradient_of
 from m3em_fast.ops._function import Kernels, Op, Tensors
 
 _OP = "consensus_map"
@@ -119,9 +121,74 @@ def _cpu_form(options: tuple, tensors: Tensors) -> tuple[Tensor, Sequence[Tensor
     return torch.empty((n, 1, h, w), dtype=a.dtype), (torch.empty(stats, dtype=reference.accumulation_dtype(a.dtype)),)
 
 
+@lru_cache(maxsize=1024)
+def _needs(dtype: torch.dtype, d: int, h: int, w: int, scales: int, center: bool) -> tuple[int, int, int]:
+    """Of the kernels for cards: numbers of the workspace and of the statistics a sample, bytes of shared memory."""
+    return native.cuda_consensus_map_needs(DTYPES[dtype], d, h, w, scales, center)
+
+
+@constant
+def _shared_memory_missing(dtype: torch.dtype, d: int, h: int, w: int, options: tuple, kind: str, index: Any) -> Any:
+    needed, given = _needs(dtype, d, h, w, *options)[2], _cuda.shared_memory(kind, index)
+    if needed <= given:
+        return None
+    return f"a map of {h}x{w} needs {needed} bytes of shared memory a block, and there are {given}"
+
+
+def _cuda_refuses(options: tuple, tensors: Sequence[Any]) -> str | None:
+    a = tensors[0]
+    if a.dim() != 4 or a.is_meta:
+        return None
+    _, d, h, w = a.shape
+    if h * w <= 512:  # that fits into the 64 KB that every card has, however many scales there are
+        return None
+    scales, center = options[:2] or (resolve_num_scales(None, h, w), False)
+    return _shared_memory_missing(a.dtype, d, h, w, (scales, center), a.device.type, a.device.index)
+
+
+def _cuda_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor, Sequence[Tensor]]:
+    a, b = tensors
+    scales, center, eps, out_dtype = options
+    n, d, h, w = shape = a.shape
+    module, stream = _cuda.loaded(_OP, a)
+    workspace, size, _ = _needs(a.dtype, d, h, w, scales, center)
+    accumulation = reference.accumulation_dtype(a.dtype)
+    out = a.new_empty((n, 1, h, w), dtype=out_dtype)
+    partial = a.new_empty(n * workspace, dtype=accumulation)
+    saved = [a.new_empty((n, size), dtype=accumulation)] if saves else []
+    stats = saved[0].data_ptr() if saves else 0
+    native.cuda_consensus_map_forward(
+        module, stream, arg(a), arg(b), arg(out), stats, partial.data_ptr(), shape, scales, center, eps
+    )
+    return out, saved
+
+
+def _cuda_backward(
+    options: tuple, grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    a, b = tensors
+    scales, center, eps, _ = options
+    module, stream = _cuda.loaded(_OP, a)
+    grads = _cuda.gradients_of(tensors, needs)
+    native.cuda_consensus_map_backward(
+        module, stream, arg(a), arg(b), arg(grad), *args(grads), saved[0].data_ptr(), a.shape, scales, center, eps
+    )
+    return grads
+
+
+def _cuda_form(options: tuple, tensors: Tensors) -> tuple[Tensor, Sequence[Tensor]]:
+    a, _ = tensors
+    scales, center, _, out_dtype = options
+    n, d, h, w = a.shape
+    size = native.cuda_consensus_map_needs(DTYPES[a.dtype], d, h, w, scales, center)[1]
+    stats = a.new_empty((n, size), dtype=reference.accumulation_dtype(a.dtype))
+    return a.new_empty((n, 1, h, w), dtype=out_dtype), (stats,)
+
+
 _SCHEMA = (
     "(Tensor a, Tensor b, int num_scales, bool center, float eps, ScalarType out_dtype, str backend)"
     " -> (Tensor, Tensor)"
 )
-_KERNELS = {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form)}
+_CUDA = Kernels(_cuda_forward, _cuda_backward, _cuda_form, _cuda_refuses)
+_KERNELS = {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form), "cuda": _CUDA, "simt": _CUDA}
 _op = Op(_OP, _reference, lambda needs: (True, True), _KERNELS, _SCHEMA)

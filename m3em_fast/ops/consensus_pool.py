@@ -45,7 +45,9 @@ def _reference(options: tuple, tensors: Tensors) -> Tensor:
 
 def _cpu_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor, Sequence[Tensor]]:
     x, cmap = tensors
-    out = torch.empty(x.shape[:2], dtype=options[0])
+    n, c, _, _ = x.shape
+    dtype = options[0]
+    out = x.new_empty(n, c) if x.dtype is dtype else torch.empty((n, c), dtype=dtype)
     native.consensus_pool_forward(arg(x), arg(cmap), arg(out), x.shape, torch.get_num_threads())
     return out, ()
 

@@ -31,9 +31,13 @@ def gated_consensus_pool(x: Tensor, gates: Sequence[Tensor], cmap: Tensor | None
     gates = _checks.gates("gated_consensus_pool", gates, x)
     if cmap is not None:
         _checks.consensus("gated_consensus_pool", cmap, x)
-    if backends.choose("gated_consensus_pool", ("cpu",), (x, *gates, cmap))[0] == "reference":
+    if backends.choose("gated_consensus_pool", _BACKENDS, (x, *gates, cmap))[0] == "reference":
         return reference.gated_consensus_pool(x, gates, cmap)
     # No kernel of its own: pool once, not yet rounded, then a product of small tensors in plain torch.
     pooled = pool(x, cmap, reference.accumulation_dtype(x.dtype))
     gated = torch.cat([pooled * gate.to(pooled.dtype) for gate in gates], dim=1)
     return gated.to(reference.widest(x, cmap, *gates))
+
+
+_BACKENDS = ("cpu",)
+backends.KERNELS["gated_consensus_pool"] = dict.fromkeys(_BACKENDS)

@@ -8,7 +8,7 @@ from torch import Tensor
 from m3em_fast import reference
 from m3em_fast.backends import native
 from m3em_fast.ops import _checks
-from m3em_fast.ops._cpu import arg, args, empty_beside, gradient_of
+from m3em_fast.ops._cpu import arg, args, empty_beside, every, gradient_of
 from m3em_fast.ops._function import Kernels, Op, Tensors
 
 _OP = "gated_projection"
@@ -35,11 +35,11 @@ def gated_projection(x: Tensor, gates: Sequence[Tensor], weight: Tensor, bias: T
         ValueError: no gate, or a shape or device that differs from what ``x`` asks for.
     """
     _checks.tensor(_OP, "x", x, 4, "(N,C,H,W)")
-    _checks.tensor(_OP, "weight", weight, 2, "(D, G*C)")
-    if bias is not None:
-        _checks.tensor(_OP, "bias", bias, 1, "(D,)")
     device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else None
     if device is not None and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        _checks.tensor(_OP, "weight", weight, 2, "(D, G*C)")
+        if bias is not None:
+            _checks.tensor(_OP, "bias", bias, 1, "(D,)")
         half = torch.get_autocast_dtype(device)
         x = x.to(half)
         # As autocast does, float64 stays: a mixture with it is refused below.
@@ -49,7 +49,7 @@ def gated_projection(x: Tensor, gates: Sequence[Tensor], weight: Tensor, bias: T
         if isinstance(gates, (list, tuple)):
             gates = [g.float() if isinstance(g, Tensor) and g.dtype in _checks.HALVES else g for g in gates]
     gates = _checks.gates(_OP, gates, x)
-    _checks.beside(_OP, "weight", weight, "x", x)
+    _checks.tensor_beside(_OP, "weight", weight, 2, "(D, G*C)", x)
     d, all_channels = weight.shape
     if all_channels != len(gates) * x.shape[1]:
         raise ValueError(
@@ -57,6 +57,7 @@ def gated_projection(x: Tensor, gates: Sequence[Tensor], weight: Tensor, bias: T
             f"for this x and these gates, got {tuple(weight.shape)}"
         )
     if bias is not None:
+        _checks.tensor(_OP, "bias", bias, 1, "(D,)")
         _checks.same_device(_OP, "bias", bias, "weight", weight)
         if bias.dtype != weight.dtype:
             raise TypeError(
@@ -74,17 +75,13 @@ def _reference(options: tuple, tensors: Tensors) -> Tensor:
 
 
 def _cpu_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor, Sequence[Tensor]]:
-    x, *gates, weight, bias = tensors
-    out = empty_beside(x, weight.shape[0], weight.dtype)
+    *given, bias = tensors
+    x, weight = given[0], given[-1]
+    d = weight.shape[0]
+    out = empty_beside(x, d, weight.dtype)
+    at_x, *at_gates, at_weight, at_out = every(*given, out)
     native.gated_projection_forward(
-        arg(x),
-        args(gates),
-        arg(weight),
-        arg(bias),
-        arg(out),
-        x.shape,
-        weight.shape[0],
-        torch.get_num_threads(),
+        at_x, tuple(at_gates), at_weight, arg(bias), at_out, x.shape, d, torch.get_num_threads()
     )
     return out, ()
 

@@ -24,8 +24,8 @@ __all__ = [
     "save_checkpoint",
 ]
 
-FORMAT = 1
-KEYS = {"format", "model", "optimizer", "scaler", "epoch", "step", "random", "history", "options"}
+FORMAT = 2
+KEYS = {"format", "model", "optimizer", "scaler", "epoch", "step", "random", "history", "options", "data"}
 
 
 class CheckpointError(ValueError):
@@ -80,18 +80,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # what torch raises here depends on which byte is wrong
         reason = str(error).splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path} is no readable checkpoint of train.py ({reason:.200}).") from error
-    if not isinstance(state, dict) or set(state) != KEYS:
+    if not isinstance(state, dict) or not {"format", "model", "options"} <= set(state):
         raise CheckpointError(f"{path} is a file of torch, but no checkpoint of train.py.")
     if type(state["format"]) is not int or state["format"] != FORMAT:
         raise CheckpointError(
             f"{path} has checkpoint format {state['format']!r:.40}, this version reads format {FORMAT}."
         )
+    if set(state) != KEYS:
+        odd = ", ".join(sorted(str(key)[:40] for key in set(state) ^ KEYS)[:5])
+        raise CheckpointError(f"{path} must have exactly the entries of format {FORMAT}; missing or unknown: {odd}.")
     return state
 
 
 def restore(
     path: Path,
     options: dict[str, Any],
+    data: dict[str, str],
     *,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -105,13 +109,14 @@ def restore(
     Args:
         path: the checkpoint.
         options: with which the run goes on; plain values.
+        data: split -> fingerprint of the store that it goes on with.
         epochs, steps: how many there are in all, and in each epoch.
 
     Returns:
         history, epoch and step of the checkpoint.
 
     Raises:
-        UsageError: the run was started with other options.
+        UsageError: the run was started with other options or on other data.
         CheckpointError: as in :func:`load_checkpoint`, or the state is not one of this run.
     """
     state = load_checkpoint(path)
@@ -122,6 +127,14 @@ def restore(
         name = changed[0]
         flag = f"--{name.replace('_', '-')}"
         raise UsageError(f"--resume: {path.parent} was started with {flag} {found.get(name)}, not {options[name]}.")
+    known = state["data"]
+    if not (isinstance(known, dict) and known.keys() == data.keys() and _plain(known)):
+        raise CheckpointError(f"{path} does not say on what data the run was started.")
+    if other := next((split for split in data if known[split] != data[split]), None):
+        raise UsageError(
+            f"--resume: {path.parent} was started on a {other} whose manifest's SHA-256 begins with "
+            f"{known[other]!s:.12}, not {data[other]:.12}; were the data made again?"
+        )
     if not (_position(epoch, step, epochs, steps) and _history(state["history"], epoch, step, steps)):
         raise CheckpointError(
             f"{path} does not fit {epochs} epochs of {steps} steps; was it trained on other data, or altered?"

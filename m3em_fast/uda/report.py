@@ -23,6 +23,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from m3em_fast import _cli
+
 if TYPE_CHECKING:
     from m3em_fast.data.store import FeatureStore
     from m3em_fast.uda.model import ActionModel
@@ -263,7 +265,7 @@ class Options:
 
 
 def main() -> int:
-    options = tyro.cli(Options)
+    options: Options = _cli.cli(Options, prog="python -m m3em_fast.uda.report")
     try:
         if not options.runs:
             raise ReportError("name at least one run folder.")

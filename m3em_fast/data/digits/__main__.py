@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ... import _cli
 from .._extra import needs
 from .prepare import prepare
 from .preview import write_preview
@@ -38,10 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         tyro = needs("tyro")
-        options: Options = tyro.cli(
-            tyro.conf.configure(tyro.conf.OmitArgPrefixes)(Options),
-            args=arguments,
-            prog="python -m m3em_fast.data.digits",
+        options: Options = _cli.cli(
+            tyro.conf.configure(tyro.conf.OmitArgPrefixes)(Options), arguments, prog="python -m m3em_fast.data.digits"
         )
         if options.workers is not None and options.workers < 1:
             raise ValueError(f"workers must be at least 1, got {options.workers}.")

@@ -7,6 +7,8 @@ continues at the first unfinished one, and nothing is taken for what it is not.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import os
 import shutil
 import sys
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 
 from .._extra import needs
+from .._manifest import sha256
 from ..store import FeatureStore, FeatureStoreWriter, Modality, StoreError
 from .backbones import RECIPES, Backbone, accuracy, extract, train
 from .render import ClipSpec, plan, render_clips
@@ -179,6 +182,8 @@ def _train_job(job: _TrainJob) -> None:
     }
     with _renamed(job.out) as temporary:
         torch.save(state, temporary)
+        # Before the file has its name: there is none without its checksum.
+        _checksum_path(job.out).write_text(f"{sha256(temporary)}  {job.out.name}\n")
 
 
 @dataclass(frozen=True)
@@ -206,11 +211,33 @@ def _extract_job(job: _ExtractJob) -> dict[str, np.ndarray]:
 
 
 def load_backbone(path: Path, modality: str) -> tuple[Backbone, dict[str, Any]]:
-    """A trained backbone in evaluation mode, and what else its checkpoint holds (rms, label, source_val_accuracy)."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    net = Backbone(RECIPES[modality], state["channels"])
-    net.load_state_dict(state["weights"])
+    """A trained backbone in evaluation mode, and what else its checkpoint holds (rms, label, source_val_accuracy).
+
+    Raises:
+        StoreError: the checkpoint is not the one that was written.
+    """
+    data, beside = path.read_bytes(), _checksum_path(path)
+    try:
+        said = beside.read_text(encoding="utf-8").split()[0]
+    except (OSError, UnicodeDecodeError, IndexError):
+        said = "nothing"
+    found = hashlib.sha256(data).hexdigest()
+    again = "delete it to have it made again"
+    if found != said:
+        raise StoreError(f"{path} was altered: its SHA-256 is {found}, {beside.name} says {said:.80}; {again}.")
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        net = Backbone(RECIPES[modality], state["channels"])
+        net.load_state_dict(state["weights"])
+    except Exception as error:  # somebody wrote file and checksum: it fails in any way he likes
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise StoreError(f"{path} is no backbone of {modality} ({reason:.80}); {again}.") from error
     return net.eval(), state
+
+
+def _checksum_path(path: Path) -> Path:
+    """A file beside it, of the form that ``sha256sum --check`` reads."""
+    return path.with_name(f"{path.name}.sha256")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,322 @@
+"""Write docs/cuda-resources.md: what the compiler says about every CUDA kernel, and what memory alone would allow.
+
+    python -m bench.cuda_report                       or: make cuda-report
+
+Registers, shared memory and spills are NVRTC's own figures, the dynamic shared memory is that of the host's plan, and
+the rest is arithmetic; no card is asked and nothing is timed. Fails where a kernel spills, where one has local memory
+or, without a reason in REASONS, less than half of the occupancy on a V100.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from m3em_fast import nvrtc
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT = ROOT / "docs/cuda-resources.md"
+VERSION = (12, 9)  # figures of another compiler would be others
+
+# Kernels that fill less than half of a V100, and why that is right.
+REASONS: dict[str, str] = {
+    "consensus_map_finish": "One block a sample reads the sums that `partial` has left, and neither map; the second "
+    "table says how little that is.",
+}
+LIMIT, ENOUGH = 60, 0.5
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What one multiprocessor holds, from the table of compute capabilities in NVIDIA's programming guide."""
+
+    threads: int
+    blocks: int
+    shared: int  # bytes for all blocks
+    unit: int  # in which shared memory is given out
+    reserved: int  # of a block's shared memory, for the system
+    registers: int = 65536
+
+
+PROCESSORS = {
+    "sm_70": Processor(2048, 32, 96 << 10, 256, 0),
+    "sm_75": Processor(1024, 16, 64 << 10, 256, 0),
+    "sm_80": Processor(2048, 32, 164 << 10, 128, 1 << 10),
+    "sm_90": Processor(2048, 32, 228 << 10, 128, 1 << 10),
+    "sm_100": Processor(2048, 32, 228 << 10, 128, 1 << 10),
+    "sm_120": Processor(1536, 24, 100 << 10, 128, 1 << 10),
+}
+# GB/s, from NVIDIA's data sheets.
+BANDWIDTH = {"V100": 900, "A100 80 GB": 2039, "H100 SXM": 3350}
+ELEMENT = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2}
+
+# The host's plan, asked by a program of a few lines: with what a kernel is launched for a shape.
+# Arguments: bytes of an accumulator, and of the plan n, d, h, w, scales, center, half or float.
+PLANS = {
+    "consensus_map": """
+#include "cuda/consensus_map.h"
+#include <cstdio>
+#include <cstdlib>
+int main(int, char **v) {
+    m3em::ConsensusMapArguments m = {};
+    m.n = atoi(v[2]), m.d = atoi(v[3]), m.h = atoi(v[4]), m.w = atoi(v[5]);
+    m.scales = atoi(v[6]), m.center = atoi(v[7]);
+    const m3em::ConsensusMapPlan p(m, atoi(v[1]), atoi(v[8]));
+    printf("partial %lld finish %lld backward %lld chunks %d workspace %lld stats %lld\\n", p.partial_bytes,
+           p.finish_bytes, p.backward_bytes, m.chunks, p.workspace, p.stats);
+}
+""",
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    n: int
+    d: int
+    h: int
+    w: int
+    scales: int = 3
+    center: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.h}x{self.w}, D = {self.d}, {self.scales} scales"
+
+
+# A step of the paper: 128 source and 207 target clips of 5 frames.
+PAPER = Shape((128 + 207) * 5, 512, 7, 7)
+SHAPES = {"7x7": PAPER, "any": Shape(PAPER.n, 512, 14, 14)}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    op: str
+    stage: str
+    dtype: str
+    form: str
+    threads: int
+    dynamic: int  # bytes of shared memory that the launch asks for
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the compiler says about one kernel for one architecture."""
+
+    registers: int
+    shared: int
+    stack: int
+    spilled: int
+
+
+class Broken(Exception):
+    """There can be no report. The message is one sentence."""
+
+
+def usages(log: str) -> dict[str, Usage]:
+    """By kernel, from what ptxas -v says."""
+    found = {}
+    for part in re.split(r"Compiling entry function ", log)[1:]:
+        name = re.match(r"'(\w+)'", part)
+        memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        used = re.search(r"Used (\d+) registers(.*)", part)
+        if not (name and memory and used):
+            raise Broken(f"The compiler's log is not of the known form: {part.strip()[:200]}")
+        shared = re.search(r"(\d+) bytes smem", used[2])
+        stack, stores, loads = map(int, memory.groups())
+        found[name[1]] = Usage(int(used[1]), int(shared[1]) if shared else 0, stack, stores + loads)
+    return found
+
+
+def plan(op: str, shape: Shape, dtype: str, csrc: Path) -> dict[str, int]:
+    """What the host's plan says for a shape, by name."""
+    if op not in PLANS:
+        raise Broken(f"csrc/cuda/{op}.cu has no plan in bench/cuda_report.py, so its shared memory is not known.")
+    wide = dtype == "f64"
+    values = (8 if wide else 4, shape.n, shape.d, shape.h, shape.w, shape.scales, int(shape.center), int(not wide))
+    with tempfile.TemporaryDirectory() as folder:
+        program = str(Path(folder) / "plan")
+        command = [*shlex.split(os.environ.get("CXX") or "g++"), "-std=c++17", f"-I{csrc}", "-x", "c++", "-", "-o"]
+        try:
+            done = subprocess.run([*command, program], input=PLANS[op], text=True, capture_output=True)
+        except OSError as error:
+            raise Broken(f"The host's plan cannot be asked without a C++ compiler ({error}).") from None
+        if done.returncode:
+            raise Broken(f"The host's plan of {op} does not compile:\n{done.stderr}")
+        words = subprocess.run([program, *map(str, values)], text=True, capture_output=True, check=True).stdout.split()
+    return {name: int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+
+
+def measure(csrc: Path = ROOT / "csrc") -> tuple[list[Kernel], dict[str, dict[str, Usage]]]:
+    """All kernels of a tree, and what each of them uses by name and architecture."""
+    compiler = nvrtc.find()
+    if compiler.version != VERSION:
+        raise Broken(f"The report is that of NVRTC {VERSION[0]}.{VERSION[1]}, and the one found is {compiler.name}.")
+    headers = {f"cuda/{path.name}": path.read_text() for path in (csrc / "cuda").glob("*.cuh")}
+    kernels: list[Kernel] = []
+    used: dict[str, dict[str, Usage]] = {}
+    for path in sorted((csrc / "cuda").glob("*.cu")):
+        op, source, name = path.stem, path.read_text(), f"csrc/cuda/{path.name}"
+        ptx = nvrtc.cached(compiler, source, name, "compute_80", headers).image.decode()
+        plans: dict[tuple[str, str], dict[str, int]] = {}
+        for entry, threads in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx):
+            parts = re.fullmatch(rf"{op}_(\w+)_(f64|f32|f16|bf16)_(7x7|any)", entry)
+            if not parts:
+                raise Broken(f"{name} has a kernel {entry}; {op}_<stage>_<dtype>_<7x7 or any> was expected.")
+            stage, dtype, form = parts.groups()
+            kind = ("f64" if dtype == "f64" else "f32", form)
+            if kind not in plans:
+                plans[kind] = plan(op, SHAPES[form], dtype, csrc)
+            kernels.append(Kernel(entry, op, stage, dtype, form, int(threads), plans[kind][stage]))
+        for arch in PROCESSORS:
+            for entry, usage in usages(nvrtc.cached(compiler, source, name, arch, headers).log).items():
+                used.setdefault(entry, {})[arch] = usage
+    if missing := [kernel.name for kernel in kernels if set(used.get(kernel.name, ())) != set(PROCESSORS)]:
+        raise Broken(f"The compiler's log says nothing about {', '.join(missing)}.")
+    if unbound := sorted(set(used) - {kernel.name for kernel in kernels}):
+        raise Broken(f"Launch bounds are missing from {', '.join(unbound)}.")
+    return kernels, used
+
+
+def occupancy(processor: Processor, threads: int, usage: Usage, dynamic: int) -> float:
+    """The share of a multiprocessor's warps that blocks of a kernel can fill."""
+
+    def up(value: int, unit: int) -> int:
+        return -(-value // unit) * unit
+
+    warps = -(-threads // 32)
+    by_warps = processor.threads // 32 // warps
+    # Each quarter of a multiprocessor gives registers to its own warps, in units of 256.
+    quarter = processor.registers // 4 // up(usage.registers * 32, 256)
+    by_registers = quarter * 4 // warps
+    shared = up(usage.shared + dynamic + processor.reserved, processor.unit)
+    by_shared = processor.shared // shared if shared else processor.blocks
+    return min(by_warps, by_registers, by_shared, processor.blocks) * warps * 32 / processor.threads
+
+
+def share(part: float) -> str:
+    return f"{100 * part:.3g}%"
+
+
+def problems(
+    kernels: Sequence[Kernel], used: Mapping[str, Mapping[str, Usage]], reasons: Mapping[str, str] = REASONS
+) -> list[str]:
+    """What fails the report, a sentence each."""
+    found = []
+    if len(kernels) > LIMIT:
+        found.append(f"There are {len(kernels)} kernels; {LIMIT} is the budget.")
+    low = set()
+    for kernel in kernels:
+        for arch, usage in used[kernel.name].items():
+            if usage.spilled:
+                found.append(f"{kernel.name} spills {usage.spilled} bytes on {arch}.")
+            elif usage.stack and arch == "sm_70":
+                found.append(f"{kernel.name} has {usage.stack} bytes of local memory on {arch}.")
+        full = occupancy(PROCESSORS["sm_70"], kernel.threads, used[kernel.name]["sm_70"], kernel.dynamic)
+        group = f"{kernel.op}_{kernel.stage}"
+        if full < ENOUGH:
+            low.add(group)
+            if group not in reasons:
+                found.append(f"{kernel.name} fills {share(full)} of a V100 and REASONS has no word about it.")
+    found += [f"{group} needs no reason in REASONS any more." for group in reasons if group not in low]
+    return found
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def resources(kernels: Sequence[Kernel], used: Mapping[str, Mapping[str, Usage]]) -> list[str]:
+    rows = []
+    for kernel in kernels:
+        cells = []
+        for arch, processor in PROCESSORS.items():
+            usage = used[kernel.name][arch]
+            cell = f"{usage.registers} · {share(occupancy(processor, kernel.threads, usage, kernel.dynamic))}"
+            cell += f" · {usage.spilled} B spilled" if usage.spilled else ""
+            cells.append(cell + (f" · {usage.stack} B local" if usage.stack else ""))
+        static = max(usage.shared for usage in used[kernel.name].values())
+        rows.append([f"`{kernel.name}`", str(kernel.threads), f"{static} + {kernel.dynamic}", *cells])
+    return table(["kernel", "threads", "shared memory", *PROCESSORS], rows)
+
+
+def traffic(dtype: str, csrc: Path) -> list[tuple[str, int, int | None]]:
+    """Of consensus_map at the paper's step: every kernel and both directions, the bytes moved, and their floor."""
+    given, element, accumulator = plan("consensus_map", PAPER, dtype, csrc), ELEMENT[dtype], max(4, ELEMENT[dtype])
+    maps = 2 * PAPER.n * PAPER.d * PAPER.h * PAPER.w * element
+    out = PAPER.n * PAPER.h * PAPER.w * element
+    sums, stats = given["workspace"] * accumulator, PAPER.n * given["stats"] * accumulator
+    partial, finish = maps + sums, sums + stats + out
+    # Every block of a sample reads what the forward left, and its gradient, anew.
+    backward = 2 * maps + given["chunks"] * (stats + out)
+    return [
+        ("partial", partial, None),
+        ("finish", finish, None),
+        ("both: forward", partial + finish, maps + out),
+        ("backward", backward, 2 * maps + out),
+    ]
+
+
+def bandwidth(csrc: Path) -> list[str]:
+    rows = []
+    for dtype, said in (("f64", "f64"), ("f32", "f32"), ("f16", "f16, bf16")):
+        for stage, moved, floor in traffic(dtype, csrc):
+            times = [f"{moved / speed / 1e6:.3f}" for speed in BANDWIDTH.values()]
+            least = "" if floor is None else f"{floor / 1e6:.1f}"
+            rows.append([f"{said} {stage}", f"{moved / 1e6:.1f}", least, *times])
+    heads = [f"{card}, {speed} GB/s" for card, speed in BANDWIDTH.items()]
+    return table(["`consensus_map`", "moved, MB", "floor, MB", *heads], rows)
+
+
+def report(kernels: Sequence[Kernel], used: Mapping[str, Mapping[str, Usage]], csrc: Path = ROOT / "csrc") -> str:
+    shapes = "; ".join(f"`{form}`: {shape}" for form, shape in SHAPES.items())
+    lines = f"""# Resources of the CUDA kernels
+
+Written by `make cuda-report`; do not edit. Registers and memory are the compiler's own figures (NVRTC
+{VERSION[0]}.{VERSION[1]}, `ptxas -v`), the rest is arithmetic. **No card was asked: nothing here is a measurement.**
+
+## Registers, shared memory, occupancy
+
+Under each architecture: registers a thread · the share of a multiprocessor's warps that the kernel's blocks can fill.
+Shared memory is in bytes a block, static + dynamic, the latter as the host's plan asks for it with these shapes:
+{shapes}.
+
+Spilled bytes and local memory stand beside a figure where there are any. `make cuda-report` and the tests fail on a
+spill for any architecture, on local memory for sm_70, and on an occupancy below {share(ENOUGH)} on sm_70 without a
+reason.
+""".splitlines()
+    lines += ["", *resources(kernels, used), "", f"Below {share(ENOUGH)} on sm_70, and why:", ""]
+    lines += [f"- `{group}`: {reason}" for group, reason in REASONS.items()] or ["- none"]
+    lines += f"""
+## What the bandwidth allows
+
+`consensus_map` at the paper's step: N = {PAPER.n} frames ((128 + 207) clips of 5), {PAPER}. Moved is what
+the kernels read and write, with their workspace and with what the forward leaves for the backward, as if nothing came
+from a cache. The floor is reading a and b and writing the result; backwards, reading its gradient, a and b and writing
+both gradients. Then the milliseconds that the moved bytes take at the bandwidth of the data sheet: **a calculation of a
+limit, which no kernel reaches**.
+""".splitlines()
+    return "\n".join([*lines, "", *bandwidth(csrc)]) + "\n"
+
+
+def main() -> None:
+    try:
+        kernels, used = measure()
+        text = report(kernels, used)
+    except (Broken, nvrtc.Missing, nvrtc.Failed) as error:
+        sys.exit(f"m3em_fast: {error}")
+    DOCUMENT.write_text(text)
+    print(f"{DOCUMENT.relative_to(ROOT)}: {len(kernels)} kernels, {len(PROCESSORS)} architectures")
+    if found := problems(kernels, used):
+        sys.exit("\n".join(f"m3em_fast: {line}" for line in found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""What only a card can show, in at most eight minutes and without a network: ``make gpu``, or ``python -m bench.gpu``.
+
+Builds the extension, says whether packed or newly compiled kernels serve the card, runs the op tests on it
+(tests/test_gpu.py), some of them under compute-sanitizer where that is found, and measures ``consensus_map`` against
+eager PyTorch, torch.compile and a copy; the records go to bench/results/gpu-<card>-<dtype>.json. Needs torch with CUDA,
+numpy, pytest and hypothesis; to build also setuptools, pybind11, ninja and a C++ compiler. Runs in the Python that runs
+it, in no environment of its own.
+
+Exit code: 0, or 1 where a part failed or was stopped, or 2 with a sentence where this machine cannot run it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench/results"
+ARCHIVE = ROOT / "m3em_fast/_cuda.zip"
+# Seconds. What a part leaves over is nobody's; the looks at the card between the parts take theirs from what is spare.
+PARTS = {"build": 100.0, "tests": 110.0, "sanitizer": 70.0, "benchmark": 180.0}
+LIMIT = 480.0
+LOOK = 60.0  # at most, at the card
+DTYPES = ("float32", "float16", "bfloat16")
+TOOLS = ("memcheck", "racecheck")
+NEEDED = ("torch", "numpy", "pytest", "hypothesis")
+
+
+class CannotRun(Exception):
+    """This machine cannot run it. The message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended: its exit code, None where it was stopped at its limit; what it printed, if kept."""
+
+    code: int | None
+    text: str = ""
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of the commands: this checkout first, and no choice of backend from outside."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    inherited = {name: value for name, value in os.environ.items() if name != "M3EM_BACKEND"}
+    return {**inherited, "PYTHONPATH": path, **more}
+
+
+def call(command: Sequence[str], limit: float, keep: bool = False, **variables: str) -> Done:
+    """Run a command for ``limit`` seconds at most; then it ends with everything that it has started."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(**variables),
+        stdout=subprocess.PIPE if keep else None,
+        stderr=subprocess.STDOUT if keep else None,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so that all of it can be ended
+    )
+    try:
+        text, _ = process.communicate(timeout=max(limit, 0.1))
+        return Done(process.returncode, text or "")
+    except subprocess.TimeoutExpired:
+        _end(process)
+        return Done(None, process.communicate()[0] or "")
+    except BaseException:
+        _end(process)
+        raise
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def check_packages() -> None:
+    if absent := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise CannotRun(f"{sys.executable} has no {' and no '.join(absent)}.")
+
+
+def look(limit: float, kernels: bool = False) -> dict[str, Any]:
+    """What bench.gpu_card says of the card; raises what is in the way."""
+    done = call(python("-m", "bench.gpu_card", *(["--kernels"] if kernels else [])), limit, keep=True)
+    lines = done.text.strip().splitlines() or ["nothing said"]
+    answers = [line for line in lines if line.startswith("{")]
+    if done.code != 0 or not answers:
+        ended = f"took longer than {limit:.0f} s" if done.code is None else f"failed ({lines[-1].rstrip('.')})"
+        raise CannotRun(f"looking at the card with the torch of {sys.executable} {ended}.")
+    found: dict[str, Any] = json.loads(answers[-1])
+    for problem in ("problem", "kernel_problem"):
+        if problem in found:
+            raise CannotRun(found[problem])
+    return found
+
+
+def packed_for(capability: str) -> bool:
+    """Whether the archive of this checkout is of its sources and has code that a card can run as it is."""
+    try:
+        with zipfile.ZipFile(ARCHIVE) as packed:
+            names, index = packed.namelist(), json.loads(packed.read("index.json"))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return False
+    folder, digest = ROOT / "csrc/cuda", hashlib.sha256()
+    for path in sorted([*folder.glob("*.cu"), *folder.glob("*.cuh")], key=lambda path: path.name):
+        data = path.read_bytes()
+        digest.update(f"source/cuda/{path.name} {len(data)}\n".encode() + data)
+    own = int(capability.replace(".", ""))
+    cubins = [found for name in names if (found := re.fullmatch(r"sm_(\d+)/consensus_map\.cubin", name))]
+    ptx = [found for name in names if (found := re.fullmatch(r"compute_(\d+)/consensus_map\.ptx", name))]
+    fits = [own // 10 == int(found[1]) // 10 and int(found[1]) <= own for found in cubins]
+    fits += [int(found[1]) <= own for found in ptx]
+    return index.get("digest") == digest.hexdigest() and any(fits)
+
+
+@contextlib.contextmanager
+def kept(path: Path, keep: bool) -> Iterator[None]:
+    """The file as it was, afterwards."""
+    before = path.read_bytes() if keep else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            path.write_bytes(before)
+
+
+def build(limit: float, capability: str) -> str:
+    """The extension of this checkout, and device code for this card alone where none is packed for it."""
+    ready = packed_for(capability)
+    archs = "none" if ready else capability
+    with kept(ARCHIVE, ready):
+        done = call(python("setup.py", "--quiet", "build_ext", "--inplace"), limit, keep=True, M3EM_CUDA_ARCHS=archs)
+    if done.code == 0:
+        print("\n".join(line for line in done.text.splitlines() if line.startswith("m3em_fast:")) or "up to date")
+        return "done"
+    # An extension of an earlier build may do; the next look says whether it does.
+    print(done.text.strip()[-4000:])
+    return "stopped" if done.code is None else "failed"
+
+
+def tests(limit: float) -> str:
+    """The op tests on the card."""
+    done = call(python("-m", "pytest", "-q", "--maxfail=10", "tests/test_gpu.py"), limit)
+    if done.code is None:
+        print(f"The op tests took longer than {limit:.0f} s and were stopped.")
+        return "stopped"
+    return "passed" if done.code == 0 else "failed"
+
+
+def find_sanitizer() -> str | None:
+    folders = [Path(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders.append(Path("/usr/local/cuda/bin"))
+    return shutil.which("compute-sanitizer") or next(
+        (str(folder / "compute-sanitizer") for folder in folders if (folder / "compute-sanitizer").is_file()), None
+    )
+
+
+def sanitizer(limit: float) -> str:
+    """A handful of the tests under each tool; every tensor is an allocation of its own, so that its end is known."""
+    program = find_sanitizer()
+    if program is None:
+        print("compute-sanitizer is not found (it comes with the CUDA toolkit), so it is left out.")
+        return "not found"
+    end, outcome = time.monotonic() + limit, "passed"
+    chosen = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k", "handful")
+    for tool in TOOLS:
+        command = [program, "--tool", tool, "--error-exitcode", "9", *chosen]
+        done = call(command, end - time.monotonic(), keep=True, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        if done.code is None:
+            print(f"compute-sanitizer {tool}: stopped, for the {limit:.0f} s of this part are over.")
+            outcome = "stopped" if outcome == "passed" else outcome
+            continue
+        summary = [line for line in done.text.splitlines() if "SUMMARY" in line] or done.text.splitlines()[-1:]
+        print(f"compute-sanitizer {tool}: {' '.join(summary).strip('= ') or 'no word'}")
+        if done.code:
+            print(done.text.strip()[-4000:])
+            outcome = "failed"
+    return outcome
+
+
+def slug(card: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+
+
+def benchmark(limit: float, results: Path, where: dict[str, Any]) -> str:
+    """Every dtype in a process of its own: one that loses the card loses its own figures."""
+    results.mkdir(parents=True, exist_ok=True)
+    end, outcome = time.monotonic() + limit, "done"
+    for left, dtype in zip(range(len(DTYPES), 0, -1), DTYPES, strict=True):
+        path, seconds = results / f"gpu-{slug(where['card'])}-{dtype}.json", (end - time.monotonic()) / left
+        # It keeps to fewer seconds than it is stopped after, and writes what it has after every case.
+        words = ("--json", str(path), "--seconds", f"{max(seconds - 15, 1):.0f}", "--conditions", json.dumps(where))
+        done = call(python("-m", "bench.gpu_measure", dtype, *words), seconds)
+        if done.code is None:
+            print(f"The benchmark in {dtype} took longer than {seconds:.0f} s and was stopped.")
+            outcome = "stopped"
+        elif done.code:
+            outcome = "failed"
+    return outcome
+
+
+def run(options: argparse.Namespace) -> int:
+    start = time.monotonic()
+    outcomes: dict[str, str] = {}
+
+    def limit(part: str) -> float:
+        """What a part may take: its own share of the whole, as far as that is left."""
+        print(f"\n== {part} (at most {PARTS[part]:.0f} s)", flush=True)
+        return min(PARTS[part], LIMIT - (time.monotonic() - start))
+
+    check_packages()
+    found = look(LOOK)
+    print(f"{found['card']}, compute capability {found['capability']}, driver {found['driver']}")
+    print(f"torch {found['torch']}, CUDA {found['cuda']}, Python {found['python']}")
+    outcomes["build"] = build(limit("build"), found["capability"])
+    found = look(LOOK, kernels=True)
+    print(f"consensus_map: kernels {found['kernels']}, NVRTC {found['nvrtc']}", flush=True)
+    outcomes["tests"] = tests(limit("tests"))
+    outcomes["sanitizer"] = sanitizer(limit("sanitizer"))
+    outcomes["benchmark"] = benchmark(limit("benchmark"), options.results, {**found, **outcomes})
+    spent = time.monotonic() - start
+    print(f"\n{', '.join(f'{part} {outcome}' for part, outcome in outcomes.items())}; {spent:.0f} s")
+    return 1 if {"failed", "stopped"} & set(outcomes.values()) else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    options = parser.parse_args(arguments)
+    try:
+        return run(options)
+    except (CannotRun, OSError) as error:
+        print(f"make gpu: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("make gpu: interrupted.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

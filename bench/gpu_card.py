@@ -1,0 +1,90 @@
+"""The card of ``make gpu`` and what its kernels come from, in one line of JSON: ``python -m bench.gpu_card``.
+
+A process of its own, because a build has to come between two looks, and a process keeps the extension that it has
+loaded. ``problem`` says in one sentence why there is nothing to measure, ``kernel_problem`` why our kernels do not run.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+
+def driver_version() -> str | None:
+    """Of NVIDIA's kernel module."""
+    module = Path("/proc/driver/nvidia/version")
+    if module.exists() and (found := re.search(r"\b\d{3}\.\d+(\.\d+)?\b", module.read_text())):
+        return found[0]
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
+
+
+def card() -> dict[str, Any]:
+    """The current card, or ``problem``."""
+    import torch
+
+    found = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
+    if torch.version.cuda is None:
+        return {**found, "problem": f"torch {torch.__version__} is built without CUDA; a build with CUDA is needed."}
+    if not torch.cuda.is_available():
+        return {**found, "problem": f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no CUDA device here."}
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    found |= {"card": properties.name, "capability": f"{properties.major}.{properties.minor}"}
+    found["driver"] = driver_version()
+    if properties.major < 7:
+        return {**found, "problem": f"{properties.name} has compute capability {found['capability']}; 7.0 is needed."}
+    try:
+        # A card that torch's own kernels were not compiled for is seen all the same.
+        torch.ones(1, device="cuda").add(1).item()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        return {**found, "problem": f"torch {torch.__version__} cannot compute on {properties.name} ({reason})."}
+    return found
+
+
+def kernels(capability: str) -> dict[str, Any]:
+    """Where the kernels of consensus_map come from: the archive, or a compiler here; or ``kernel_problem``."""
+    import torch
+
+    from m3em_fast import backends, cuda, nvrtc
+
+    tensors = [torch.zeros(1, 1, 1, 1, device="cuda")] * 2
+    with backends.backend("cuda"):
+        reason = backends.refusal("cuda", "consensus_map", tensors)
+    if reason is not None:
+        return {"kernel_problem": f"backend cuda cannot serve consensus_map here: {reason.rstrip('.')}."}
+    native = backends.native
+    with zipfile.ZipFile(cuda.ARCHIVE) as packed:
+        name = cuda.image_for(packed.namelist(), "consensus_map", int(capability.replace(".", "")))
+        index = json.loads(packed.read("index.json"))
+        image = packed.read(name) if name else None
+    if image is not None:
+        try:
+            native.Module(native.Driver(cuda.LIBRARY), torch.cuda.current_device(), image)
+            return {"kernels": f"packed {name}", "nvrtc": index["nvrtc"]}
+        except native.ImageRejected:
+            pass
+    why = "none are packed for this card" if image is None else f"the driver rejects the packed {name}"
+    return {"kernels": f"compiled on this machine ({why})", "nvrtc": nvrtc.find().name}
+
+
+def main() -> int:
+    found = card()
+    if "problem" not in found and "--kernels" in sys.argv[1:]:
+        found |= kernels(found["capability"])
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+// The kernels for cards, as Python reaches them: a driver library, an image loaded on one of its devices, and the ops.
+#include "bindings.h"
+
+#include "cuda/ops.h"
+
+namespace m3em {
+namespace {
+
+ConsensusMap consensus_map(const py::object &a, const py::object &b, uintptr_t stats, const Shape &shape,
+                           int num_scales, bool center, double eps) {
+    ConsensusMap m;
+    m.a = tensor(a);
+    m.b = tensor(b);
+    m.stats = address(stats);
+    m.n = shape[0], m.d = shape[1], m.h = shape[2], m.w = shape[3];
+    m.num_scales = num_scales;
+    m.center = center;
+    m.eps = eps;
+    return m;
+}
+
+void consensus_map_forward(Module &module, uintptr_t stream, const py::object &a, const py::object &b,
+                           const py::object &out, uintptr_t stats, uintptr_t partial, const Shape &shape,
+                           int num_scales, bool center, double eps) {
+    ConsensusMap m = consensus_map(a, b, stats, shape, num_scales, center, eps);
+    m.out = tensor(out);
+    py::gil_scoped_release released;
+    cuda::consensus_map_forward(module, address(stream), m, address(partial));
+}
+
+void consensus_map_backward(Module &module, uintptr_t stream, const py::object &a, const py::object &b,
+                            const py::object &grad_out, const py::object &grad_a, const py::object &grad_b,
+                            uintptr_t stats, const Shape &shape, int num_scales, bool center, double eps) {
+    ConsensusMap m = consensus_map(a, b, stats, shape, num_scales, center, eps);
+    m.grad_out = tensor(grad_out);
+    m.grad_a = tensor(grad_a);
+    m.grad_b = tensor(grad_b);
+    py::gil_scoped_release released;
+    cuda::consensus_map_backward(module, address(stream), m);
+}
+
+py::tuple consensus_map_needs(int dtype, int64_t d, int64_t h, int64_t w, int num_scales, bool center) {
+    ConsensusMap m;
+    m.n = 1, m.d = d, m.h = h, m.w = w;
+    m.num_scales = num_scales;
+    m.center = center;
+    const cuda::ConsensusMapNeeds needs = cuda::consensus_map_needs(static_cast<Dtype>(dtype), m);
+    return py::make_tuple(needs.workspace, needs.stats, needs.shared);
+}
+
+} // namespace
+
+void bind_cuda(py::module_ &module) {
+    static py::exception<DriverError> error(module, "DriverError", PyExc_RuntimeError);
+    static py::exception<ImageRejected> rejected(module, "ImageRejected", error);
+    py::register_exception_translator([](std::exception_ptr thrown) {
+        try {
+            if (thrown)
+                std::rethrow_exception(thrown);
+        } catch (const ImageRejected &e) {
+            py::set_error(rejected, e.what());
+        } catch (const DriverError &e) {
+            py::set_error(error, e.what());
+        }
+    });
+    using Released = py::call_guard<py::gil_scoped_release>;
+    py::class_<Driver, std::shared_ptr<Driver>>(module, "Driver", "A CUDA driver library, by its file or name.")
+        .def(py::init<const std::string &>())
+        .def("device_count", &Driver::device_count, Released())
+        .def("capability", &Driver::capability, Released(), "Compute capability of a device, 70 for 7.0.")
+        .def("shared_memory", &Driver::shared_memory, Released(), "Bytes that a block on a device may ask for.");
+    py::class_<Module, std::shared_ptr<Module>>(module, "Module", "An image on one device of a driver.")
+        .def(py::init([](std::shared_ptr<Driver> driver, int device, const py::bytes &image) {
+            const std::string copy = image;
+            py::gil_scoped_release released;
+            return std::make_shared<Module>(std::move(driver), device, copy);
+        }));
+    module.def(
+        "cuda_consensus_map_needs", &consensus_map_needs,
+        "Numbers of the workspace and of the statistics for one sample, and bytes of shared memory for a block.");
+    module.def("cuda_consensus_map_forward", &consensus_map_forward);
+    module.def("cuda_consensus_map_backward", &consensus_map_backward);
+}
+
+} // namespace m3em
