@@ -109,17 +109,23 @@ def find_ninja() -> str:
 
 
 def openmp_flags(cxx: list[str], flags: list[str]) -> list[str]:
-    """-fopenmp where the compiler can compile and link with it. A compiler that can build nothing at all is missing."""
+    """-fopenmp where the compiler can compile and link with it. A compiler that can build nothing at all is missing.
+
+    clang on Linux counts as one without: its code would bring a library of its own beside torch's (csrc/openmp.cpp
+    stands in for what g++'s code calls), and both would start their threads.
+    """
     # <vector>: a compiler can come without the standard library's headers.
     plain = "#include <vector>\nint n() { return std::vector<int>(1)[0]; }\n"
-    program = f"#include <omp.h>\nint threads() {{ return omp_get_max_threads(); }}\n{plain}"
+    other = "#if defined(__clang__) && defined(__linux__)\n#error another OpenMP than torch's\n#endif\n"
+    program = f"{other}#include <omp.h>\nint threads() {{ return omp_get_max_threads(); }}\n{plain}"
     with tempfile.TemporaryDirectory() as tmp:
         for code, openmp in ((program, ["-fopenmp"]), (plain, [])):
             command = [*cxx, *flags, *openmp, *SHARED, "-x", "c++", "-", "-o", str(Path(tmp) / "probe.so")]
             done = subprocess.run(command, input=code, text=True, capture_output=True)
             if done.returncode == 0:
                 if not openmp:
-                    print(f"m3em_fast: {cxx[0]} has no OpenMP, so the kernels will run on one thread.", flush=True)
+                    cost = "the kernels will run on one thread"
+                    print(f"m3em_fast: {cxx[0]} has no OpenMP that goes with torch's: {cost}.", flush=True)
                 return openmp
     reason = next((line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}")
     raise Missing(f"The C++ compiler {cxx[0]} cannot build a shared library ({reason.strip()}).")

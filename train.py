@@ -25,6 +25,11 @@ from typing import Any, Literal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports below take seconds: no traceback of them at Ctrl-C
 
+from m3em_fast.data import _extra
+
+if __name__ == "__main__":
+    _extra.require("train.py", *_extra.TRAIN)
+
 import numpy as np
 import torch
 from tqdm import tqdm

@@ -20,6 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from m3em_fast.data import _extra
+
+if __name__ == "__main__":
+    _extra.require("python -m bench", "rich", "tyro")
+
 import torch
 import tyro
 from rich.console import Console

@@ -15,8 +15,9 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from m3em_fast import nvrtc
@@ -26,10 +27,7 @@ DOCUMENT = ROOT / "docs/cuda-resources.md"
 VERSION = (12, 9)  # figures of another compiler would be others
 
 # Kernels that fill less than half of a V100, and why that is right.
-REASONS: dict[str, str] = {
-    "consensus_map_finish": "One block a sample reads the sums that `partial` has left, and neither map; the second "
-    "table says how little that is.",
-}
+REASONS: dict[str, str] = {}
 LIMIT, ENOUGH = 60, 0.5
 
 
@@ -58,40 +56,61 @@ BANDWIDTH = {"V100": 900, "A100 80 GB": 2039, "H100 SXM": 3350}
 ELEMENT = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2}
 
 # The host's plan, asked by a program of a few lines: with what a kernel is launched for a shape.
-# Arguments: bytes of an accumulator, and of the plan n, d, h, w, scales, center, half or float.
-PLANS = {
-    "consensus_map": """
-#include "cuda/consensus_map.h"
+# Arguments: bytes of an accumulator, half or float, and of the shape n, c, h, w, more.
+PROGRAM = """
+#include "cuda/{op}.h"
 #include <cstdio>
 #include <cstdlib>
-int main(int, char **v) {
-    m3em::ConsensusMapArguments m = {};
-    m.n = atoi(v[2]), m.d = atoi(v[3]), m.h = atoi(v[4]), m.w = atoi(v[5]);
-    m.scales = atoi(v[6]), m.center = atoi(v[7]);
-    const m3em::ConsensusMapPlan p(m, atoi(v[1]), atoi(v[8]));
-    printf("partial %lld finish %lld backward %lld chunks %d workspace %lld stats %lld\\n", p.partial_bytes,
-           p.finish_bytes, p.backward_bytes, m.chunks, p.workspace, p.stats);
-}
-""",
+int main(int, char **v) {{
+    m3em::{name}Arguments m = {{}};
+    m.n = atoi(v[3]), m.{channels} = atoi(v[4]), m.h = atoi(v[5]), m.w = atoi(v[6]), m.{more} = atoi(v[7]);
+    const m3em::{name}Plan p(m, atoi(v[1]), atoi(v[2]));
+    const long long values[] = {{{values}}};
+    for (long long value : values)
+        printf("%lld ", value);
+}}
+"""
+# By op: what its arguments call the channels and Shape.more, and what is asked.
+PLANS = {
+    "consensus_map": (
+        "d",
+        "scales",
+        ("p.partial_bytes", "p.finish_bytes", "p.backward_bytes", "m.chunks", "p.workspace", "p.stats"),
+    ),
+    "channel_gate": ("c", "num_gates", ("p.forward_bytes", "p.backward_bytes")),
+    "consensus_pool": (
+        "c",
+        "rows",
+        ("p.forward_bytes", "p.backward_bytes", "p.finish_bytes", "m.chunks", "p.workspace"),
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Shape:
     n: int
-    d: int
+    c: int
     h: int
     w: int
-    scales: int = 3
-    center: bool = False
+    more: int  # scales of consensus_map, gates of channel_gate
+    said: str
 
     def __str__(self) -> str:
-        return f"{self.h}x{self.w}, D = {self.d}, {self.scales} scales"
+        return f"{self.h}x{self.w}, {self.said}"
 
 
 # A step of the paper: 128 source and 207 target clips of 5 frames.
-PAPER = Shape((128 + 207) * 5, 512, 7, 7)
-SHAPES = {"7x7": PAPER, "any": Shape(PAPER.n, 512, 14, 14)}
+FRAMES = (128 + 207) * 5
+PAPER = {
+    "consensus_map": Shape(FRAMES, 512, 7, 7, 3, "D = 512, 3 scales"),
+    "channel_gate": Shape(FRAMES, 1024, 7, 7, 2, "C = 1024, 2 gates"),
+    "consensus_pool": Shape(FRAMES, 1024, 7, 7, 0, "C = 1024"),
+}
+
+
+def shape_of(op: str, form: str) -> Shape:
+    """What the launch of a kernel is reported for."""
+    return PAPER[op] if form == "7x7" else replace(PAPER[op], h=14, w=14)
 
 
 @dataclass(frozen=True)
@@ -134,23 +153,26 @@ def usages(log: str) -> dict[str, Usage]:
     return found
 
 
-def plan(op: str, shape: Shape, dtype: str, csrc: Path) -> dict[str, int]:
-    """What the host's plan says for a shape, by name."""
+def plan(op: str, form: str, dtype: str, csrc: Path) -> dict[str, int]:
+    """What the host's plan says for a shape, by name; a stage's shared memory by the name of the stage."""
     if op not in PLANS:
         raise Broken(f"csrc/cuda/{op}.cu has no plan in bench/cuda_report.py, so its shared memory is not known.")
-    wide = dtype == "f64"
-    values = (8 if wide else 4, shape.n, shape.d, shape.h, shape.w, shape.scales, int(shape.center), int(not wide))
+    channels, more, asked = PLANS[op]
+    name = op.title().replace("_", "")
+    source = PROGRAM.format(op=op, name=name, channels=channels, more=more, values=", ".join(asked))
+    shape, wide = shape_of(op, form), dtype == "f64"
+    values = (8 if wide else 4, int(not wide), shape.n, shape.c, shape.h, shape.w, shape.more)
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder) / "plan")
         command = [*shlex.split(os.environ.get("CXX") or "g++"), "-std=c++17", f"-I{csrc}", "-x", "c++", "-", "-o"]
         try:
-            done = subprocess.run([*command, program], input=PLANS[op], text=True, capture_output=True)
+            done = subprocess.run([*command, program], input=source, text=True, capture_output=True)
         except OSError as error:
             raise Broken(f"The host's plan cannot be asked without a C++ compiler ({error}).") from None
         if done.returncode:
             raise Broken(f"The host's plan of {op} does not compile:\n{done.stderr}")
         words = subprocess.run([program, *map(str, values)], text=True, capture_output=True, check=True).stdout.split()
-    return {name: int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+    return {name[2:].removesuffix("_bytes"): int(word) for name, word in zip(asked, words, strict=True)}
 
 
 def measure(csrc: Path = ROOT / "csrc") -> tuple[list[Kernel], dict[str, dict[str, Usage]]]:
@@ -172,7 +194,9 @@ def measure(csrc: Path = ROOT / "csrc") -> tuple[list[Kernel], dict[str, dict[st
             stage, dtype, form = parts.groups()
             kind = ("f64" if dtype == "f64" else "f32", form)
             if kind not in plans:
-                plans[kind] = plan(op, SHAPES[form], dtype, csrc)
+                plans[kind] = plan(op, form, dtype, csrc)
+            if stage not in plans[kind]:
+                raise Broken(f"{name} has a kernel {entry}, and PLANS in bench/cuda_report.py no word about {stage}.")
             kernels.append(Kernel(entry, op, stage, dtype, form, int(threads), plans[kind][stage]))
         for arch in PROCESSORS:
             for entry, usage in usages(nvrtc.cached(compiler, source, name, arch, headers).log).items():
@@ -247,12 +271,12 @@ def resources(kernels: Sequence[Kernel], used: Mapping[str, Mapping[str, Usage]]
     return table(["kernel", "threads", "shared memory", *PROCESSORS], rows)
 
 
-def traffic(dtype: str, csrc: Path) -> list[tuple[str, int, int | None]]:
-    """Of consensus_map at the paper's step: every kernel and both directions, the bytes moved, and their floor."""
-    given, element, accumulator = plan("consensus_map", PAPER, dtype, csrc), ELEMENT[dtype], max(4, ELEMENT[dtype])
-    maps = 2 * PAPER.n * PAPER.d * PAPER.h * PAPER.w * element
-    out = PAPER.n * PAPER.h * PAPER.w * element
-    sums, stats = given["workspace"] * accumulator, PAPER.n * given["stats"] * accumulator
+Traffic = list[tuple[str, int, int | None]]  # what runs, the bytes that it moves, and their floor
+
+
+def traffic_of_consensus_map(shape: Shape, given: Mapping[str, int], element: int, accumulator: int) -> Traffic:
+    maps, out = 2 * shape.n * shape.c * shape.h * shape.w * element, shape.n * shape.h * shape.w * element
+    sums, stats = given["workspace"] * accumulator, shape.n * given["stats"] * accumulator
     partial, finish = maps + sums, sums + stats + out
     # Every block of a sample reads what the forward left, and its gradient, anew.
     backward = 2 * maps + given["chunks"] * (stats + out)
@@ -264,19 +288,69 @@ def traffic(dtype: str, csrc: Path) -> list[tuple[str, int, int | None]]:
     ]
 
 
-def bandwidth(csrc: Path) -> list[str]:
+def traffic_of_channel_gate(shape: Shape, given: Mapping[str, int], element: int, accumulator: int) -> Traffic:
+    gates = shape.more * shape.n * shape.c * element
+    x = shape.n * shape.c * shape.h * shape.w * element
+    out = shape.more * x
+    return [
+        ("forward", x + gates + out, x + gates + out),
+        ("backward", 2 * (x + gates) + out, 2 * (x + gates) + out),
+        ("backward, x frozen", x + gates + out, x + gates + out),
+    ]
+
+
+def traffic_of_consensus_pool(shape: Shape, given: Mapping[str, int], element: int, accumulator: int) -> Traffic:
+    x, out = shape.n * shape.c * shape.h * shape.w * element, shape.n * shape.c * element
+    cmap = shape.n * shape.h * shape.w * element
+    sums = shape.n * given["workspace"] * accumulator
+    # Every block of a sample reads the map anew.
+    again = given["chunks"] * cmap
+    backward, finish = out + again + 2 * x + sums, sums + cmap
+    return [
+        ("forward", x + again + out, x + cmap + out),
+        ("forward, no map", x + out, x + out),
+        ("backward", backward, None),
+        ("finish", finish, None),
+        ("both: backward", backward + finish, out + 2 * cmap + 2 * x),
+        ("both: backward, x frozen", backward + finish - x, out + cmap + x),
+        ("backward, no map", out + x, out + x),
+    ]
+
+
+# By op: how its bytes are counted, and what the floor is.
+TRAFFIC = {
+    "consensus_map": (
+        traffic_of_consensus_map,
+        "Floor: reading a and b and writing the result; backwards, reading its gradient, a and b and writing both "
+        "gradients.",
+    ),
+    "channel_gate": (
+        traffic_of_channel_gate,
+        "Floor: reading x and the gates and writing the gated copies; backwards, reading their gradient, x and the "
+        "gates and writing the gradients of both, with x frozen those of the gates alone, without reading them.",
+    ),
+    "consensus_pool": (
+        traffic_of_consensus_pool,
+        "Floor: reading x and the map and writing the result; backwards, reading its gradient, x and the map and "
+        "writing the gradients of both. With x frozen the map need not be read, and without a map x need not.",
+    ),
+}
+
+
+def bandwidth(op: str, csrc: Path) -> list[str]:
     rows = []
     for dtype, said in (("f64", "f64"), ("f32", "f32"), ("f16", "f16, bf16")):
-        for stage, moved, floor in traffic(dtype, csrc):
+        element = ELEMENT[dtype]
+        for stage, moved, floor in TRAFFIC[op][0](PAPER[op], plan(op, "7x7", dtype, csrc), element, max(4, element)):
             times = [f"{moved / speed / 1e6:.3f}" for speed in BANDWIDTH.values()]
             least = "" if floor is None else f"{floor / 1e6:.1f}"
             rows.append([f"{said} {stage}", f"{moved / 1e6:.1f}", least, *times])
     heads = [f"{card}, {speed} GB/s" for card, speed in BANDWIDTH.items()]
-    return table(["`consensus_map`", "moved, MB", "floor, MB", *heads], rows)
+    return table([f"`{op}`", "moved, MB", "floor, MB", *heads], rows)
 
 
 def report(kernels: Sequence[Kernel], used: Mapping[str, Mapping[str, Usage]], csrc: Path = ROOT / "csrc") -> str:
-    shapes = "; ".join(f"`{form}`: {shape}" for form, shape in SHAPES.items())
+    shapes = "; ".join(f"`{op}`: {shape.said}" for op, shape in PAPER.items())
     lines = f"""# Resources of the CUDA kernels
 
 Written by `make cuda-report`; do not edit. Registers and memory are the compiler's own figures (NVRTC
@@ -285,8 +359,8 @@ Written by `make cuda-report`; do not edit. Registers and memory are the compile
 ## Registers, shared memory, occupancy
 
 Under each architecture: registers a thread · the share of a multiprocessor's warps that the kernel's blocks can fill.
-Shared memory is in bytes a block, static + dynamic, the latter as the host's plan asks for it with these shapes:
-{shapes}.
+Shared memory is in bytes a block, static + dynamic, the latter as the host's plan asks for it at 7x7 (`any`: 14x14)
+with {shapes}.
 
 Spilled bytes and local memory stand beside a figure where there are any. `make cuda-report` and the tests fail on a
 spill for any architecture, on local memory for sm_70, and on an occupancy below {share(ENOUGH)} on sm_70 without a
@@ -297,13 +371,14 @@ reason.
     lines += f"""
 ## What the bandwidth allows
 
-`consensus_map` at the paper's step: N = {PAPER.n} frames ((128 + 207) clips of 5), {PAPER}. Moved is what
-the kernels read and write, with their workspace and with what the forward leaves for the backward, as if nothing came
-from a cache. The floor is reading a and b and writing the result; backwards, reading its gradient, a and b and writing
-both gradients. Then the milliseconds that the moved bytes take at the bandwidth of the data sheet: **a calculation of a
-limit, which no kernel reaches**.
+At the paper's step: N = {FRAMES} frames ((128 + 207) clips of 5). Moved is what the kernels read and write, with their
+workspace and with what the forward leaves for the backward, as if nothing came from a cache. The floor is what has to
+be read and written whatever the kernels do. Then the milliseconds that the moved bytes take at the bandwidth of the
+data sheet: **a calculation of a limit, which no kernel reaches**.
 """.splitlines()
-    return "\n".join([*lines, "", *bandwidth(csrc)]) + "\n"
+    for op, (_, floor) in TRAFFIC.items():
+        lines += ["", *textwrap.wrap(f"`{op}`, {PAPER[op]}. {floor}", 120), "", *bandwidth(op, csrc)]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """What only a card can show, in at most eight minutes and without a network: ``make gpu``, or ``python -m bench.gpu``.
 
-Builds the extension, says whether packed or newly compiled kernels serve the card, runs the op tests on it
-(tests/test_gpu.py), some of them under compute-sanitizer where that is found, and measures ``consensus_map`` against
-eager PyTorch, torch.compile and a copy; the records go to bench/results/gpu-<card>-<dtype>.json. Needs torch with CUDA,
+Builds the extension, says whether packed or newly compiled kernels serve the card, runs the tests of the ops and of the
+module on it (tests/test_gpu*.py), some of them under compute-sanitizer where that is found, and measures all of them
+against eager PyTorch, torch.compile and a copy, as far as the time goes: float16 first, and what is left out is in the
+records. These go to bench/results/gpu-<card>-<dtype>.json. Needs torch with CUDA,
 numpy, pytest and hypothesis; to build also setuptools, pybind11, ninja and a C++ compiler. Runs in the Python that runs
 it, in no environment of its own.
 
@@ -36,7 +37,10 @@ ARCHIVE = ROOT / "m3em_fast/_cuda.zip"
 PARTS = {"build": 100.0, "tests": 110.0, "sanitizer": 70.0, "benchmark": 180.0}
 LIMIT = 480.0
 LOOK = 60.0  # at most, at the card
-DTYPES = ("float32", "float16", "bfloat16")
+# The dtype of training first, with the time of two.
+SHARES = {"float16": 2, "float32": 1, "bfloat16": 1}
+OPS = ("channel_gate", "consensus_map", "consensus_pool")  # those with device code of their own
+TESTS = ("tests/test_gpu.py", "tests/test_gpu_ops.py")
 TOOLS = ("memcheck", "racecheck")
 NEEDED = ("torch", "numpy", "pytest", "hypothesis")
 
@@ -124,11 +128,13 @@ def packed_for(capability: str) -> bool:
         data = path.read_bytes()
         digest.update(f"source/cuda/{path.name} {len(data)}\n".encode() + data)
     own = int(capability.replace(".", ""))
-    cubins = [found for name in names if (found := re.fullmatch(r"sm_(\d+)/consensus_map\.cubin", name))]
-    ptx = [found for name in names if (found := re.fullmatch(r"compute_(\d+)/consensus_map\.ptx", name))]
-    fits = [own // 10 == int(found[1]) // 10 and int(found[1]) <= own for found in cubins]
-    fits += [int(found[1]) <= own for found in ptx]
-    return index.get("digest") == digest.hexdigest() and any(fits)
+    found = [match for name in names if (match := re.fullmatch(r"(sm|compute)_(\d+)/(\w+)\.(cubin|ptx)", name))]
+    fits = {
+        op
+        for kind, arch, op, _ in map(re.Match.groups, found)
+        if int(arch) <= own and (kind == "compute" or int(arch) // 10 == own // 10)
+    }
+    return index.get("digest") == digest.hexdigest() and fits.issuperset(OPS)
 
 
 @contextlib.contextmanager
@@ -157,10 +163,10 @@ def build(limit: float, capability: str) -> str:
 
 
 def tests(limit: float) -> str:
-    """The op tests on the card."""
-    done = call(python("-m", "pytest", "-q", "--maxfail=10", "tests/test_gpu.py"), limit)
+    """Those of the ops and of the module, on the card."""
+    done = call(python("-m", "pytest", "-q", "--maxfail=10", *TESTS), limit)
     if done.code is None:
-        print(f"The op tests took longer than {limit:.0f} s and were stopped.")
+        print(f"The tests took longer than {limit:.0f} s and were stopped.")
         return "stopped"
     return "passed" if done.code == 0 else "failed"
 
@@ -180,7 +186,7 @@ def sanitizer(limit: float) -> str:
         print("compute-sanitizer is not found (it comes with the CUDA toolkit), so it is left out.")
         return "not found"
     end, outcome = time.monotonic() + limit, "passed"
-    chosen = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k", "handful")
+    chosen = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, "-k", "handful")
     for tool in TOOLS:
         command = [program, "--tool", tool, "--error-exitcode", "9", *chosen]
         done = call(command, end - time.monotonic(), keep=True, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -204,8 +210,10 @@ def benchmark(limit: float, results: Path, where: dict[str, Any]) -> str:
     """Every dtype in a process of its own: one that loses the card loses its own figures."""
     results.mkdir(parents=True, exist_ok=True)
     end, outcome = time.monotonic() + limit, "done"
-    for left, dtype in zip(range(len(DTYPES), 0, -1), DTYPES, strict=True):
-        path, seconds = results / f"gpu-{slug(where['card'])}-{dtype}.json", (end - time.monotonic()) / left
+    left = sum(SHARES.values())
+    for dtype, share in SHARES.items():
+        path, seconds = results / f"gpu-{slug(where['card'])}-{dtype}.json", (end - time.monotonic()) * share / left
+        left -= share
         # It keeps to fewer seconds than it is stopped after, and writes what it has after every case.
         words = ("--json", str(path), "--seconds", f"{max(seconds - 15, 1):.0f}", "--conditions", json.dumps(where))
         done = call(python("-m", "bench.gpu_measure", dtype, *words), seconds)
@@ -232,7 +240,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"torch {found['torch']}, CUDA {found['cuda']}, Python {found['python']}")
     outcomes["build"] = build(limit("build"), found["capability"])
     found = look(LOOK, kernels=True)
-    print(f"consensus_map: kernels {found['kernels']}, NVRTC {found['nvrtc']}", flush=True)
+    print(f"kernels {found['kernels']}, NVRTC {found['nvrtc']}", flush=True)
     outcomes["tests"] = tests(limit("tests"))
     outcomes["sanitizer"] = sanitizer(limit("sanitizer"))
     outcomes["benchmark"] = benchmark(limit("benchmark"), options.results, {**found, **outcomes})

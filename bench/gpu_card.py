@@ -53,28 +53,35 @@ def card() -> dict[str, Any]:
 
 
 def kernels(capability: str) -> dict[str, Any]:
-    """Where the kernels of consensus_map come from: the archive, or a compiler here; or ``kernel_problem``."""
+    """Where the kernels come from: the archive, or a compiler here; or ``kernel_problem``."""
     import torch
 
+    from bench.gpu import OPS
     from m3em_fast import backends, cuda, nvrtc
 
-    tensors = [torch.zeros(1, 1, 1, 1, device="cuda")] * 2
-    with backends.backend("cuda"):
-        reason = backends.refusal("cuda", "consensus_map", tensors)
-    if reason is not None:
-        return {"kernel_problem": f"backend cuda cannot serve consensus_map here: {reason.rstrip('.')}."}
-    native = backends.native
+    native, why = backends.native, None
+    x, gate = torch.zeros(1, 1, 1, 1, device="cuda"), torch.zeros(1, 1, device="cuda")
+    for op in OPS:
+        tensors = {"channel_gate": [x, gate], "consensus_map": [x, x], "consensus_pool": [x, None]}[op]
+        with backends.backend("cuda"):
+            reason = backends.refusal("cuda", op, tensors)
+        if reason is not None:
+            return {"kernel_problem": f"backend cuda cannot serve {op} here: {reason.rstrip('.')}."}
     with zipfile.ZipFile(cuda.ARCHIVE) as packed:
-        name = cuda.image_for(packed.namelist(), "consensus_map", int(capability.replace(".", "")))
         index = json.loads(packed.read("index.json"))
-        image = packed.read(name) if name else None
-    if image is not None:
+        names = [cuda.image_for(packed.namelist(), op, int(capability.replace(".", ""))) for op in OPS]
+        images = [packed.read(name) if name else None for name in names]
+    for name, image in zip(names, images, strict=True):
+        if image is None:
+            why = "none are packed for this card"
+            break
         try:
             native.Module(native.Driver(cuda.LIBRARY), torch.cuda.current_device(), image)
-            return {"kernels": f"packed {name}", "nvrtc": index["nvrtc"]}
         except native.ImageRejected:
-            pass
-    why = "none are packed for this card" if image is None else f"the driver rejects the packed {name}"
+            why = f"the driver rejects the packed {name}"
+            break
+    if why is None:
+        return {"kernels": f"packed {', '.join(filter(None, names))}", "nvrtc": index["nvrtc"]}
     return {"kernels": f"compiled on this machine ({why})", "nvrtc": nvrtc.find().name}
 
 

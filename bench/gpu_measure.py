@@ -1,9 +1,13 @@
-"""consensus_map on a card, one dtype, within a number of seconds: the part of ``make gpu`` that measures.
+"""Every op and the module on a card, one dtype, within a number of seconds: the part of ``make gpu`` that measures.
 
     python -m bench.gpu_measure float16 --json bench/results/gpu-card-float16.json --seconds 60
 
-N = 1675 (five frames of the 335 clips of a step of the paper), D = 512, at 7x7, 14x14 and 7x8. The copy bandwidth is
-measured on the card, before and after each case. Needs torch, numpy and triton (for torch.compile) alone.
+N = 1675 (five frames of the 335 clips of a step of the paper) and 160, C = 1024, D = 512, at 7x7, 14x14 and 7x8, and
+microseconds a call where there is hardly anything to compute. The cases come in the order of what they tell: at 7x7
+every op once for both N, with frozen features as in training, the module first. Those for which no time is left have
+rows that say so. torch.compile is measured where an op comes first. Before every call a buffer larger than the caches
+is written, so that inputs come from memory. The copy bandwidth is measured on the card, before and after each case.
+Needs torch, numpy and triton (for torch.compile) alone.
 """
 
 from __future__ import annotations
@@ -17,19 +21,55 @@ from typing import Any
 
 import torch
 
-from bench import consensus_map
-from bench.case import Case, Size
-from bench.core import MODES, CopyBandwidth, Row, Settings, first_line, measure
+from bench import (
+    channel_gate,
+    consensus_map,
+    consensus_pool,
+    gated_consensus_pool,
+    gated_projection,
+    mutual_enhancement,
+)
+from bench.case import TINY, Case, Size
+from bench.core import CopyBandwidth, Row, Settings, first_line, measure, modes_of
 from bench.device import clock
 from bench.providers import Provider, select
 from bench.records import conditions, write_json
 
 DTYPES = ("float32", "float16", "bfloat16")
-SIZES = tuple(Size(n=1675, d=512, h=h, w=w) for h, w in ((7, 7), (14, 14), (7, 8)))
-SETTINGS = Settings(seconds=2.0, min_rounds=10, max_rounds=100)
-# Of the seconds that are left: a case needs some, the compiler many more, and it must leave some to the other cases.
-CASE_SECONDS, COMPILE_SECONDS, COMPILE_SHARE = 4.0, 12.0, 0.6
+MAPS, SAMPLES = ((7, 7), (14, 14), (7, 8)), (1675, 160)
+SIZES = tuple(tuple(Size(n=n, h=h, w=w) for n in SAMPLES) for h, w in MAPS)
+OPS = (mutual_enhancement, consensus_map, gated_projection, consensus_pool, channel_gate, gated_consensus_pool)
+SETTINGS = Settings(seconds=1.0, min_rounds=10, max_rounds=100, tiny_calls=100, tiny_rounds=10)
+# Of the seconds that are left: a case needs some, and more for what is drawn on the CPU and computed in float64; the
+# compiler needs many, and must leave some to the other cases.
+CASE_SECONDS, VALUE_SECONDS, COMPILE_SECONDS, COMPILE_SHARE = 3.0, 4e-8, 12.0, 0.25
 LEFT_OUT = "left out: the time for the benchmark was used up"
+NOT_COMPILED = "left out: torch.compile is measured in the first case of an op alone"
+
+
+def ordered(sizes: Sequence[Sequence[Size]], dtype: torch.dtype) -> list[Case]:
+    """All cases, those first that tell most: ``sizes`` holds, map by map, one size for each N."""
+
+    def of(size: Size, first: bool) -> list[list[Case]]:
+        found = [op.cases(size, dtype, "contiguous") for op in OPS]
+        by_use = [sorted(cases, key=lambda case: "frozen" not in case.variant) for cases in found]
+        return [cases[:1] if first else cases[1:] for cases in by_use]
+
+    chosen = []
+    for one_map in sizes:
+        for first in (True, False):
+            for same_op in zip(*(of(size, first) for size in one_map), strict=True):
+                chosen += [case for cases in same_op for case in cases]
+            if first and one_map is sizes[0]:
+                chosen += [case for cases in of(TINY, True) for case in cases]
+    return chosen
+
+
+def seconds_for(case: Case) -> float:
+    """What a case may take, by the values of its maps."""
+    size = case.size
+    maps = {"consensus_map": 2 * size.d, "mutual_enhancement": 4 * size.c}.get(case.op, 2 * size.c)
+    return CASE_SECONDS + VALUE_SECONDS * size.n * size.h * size.w * maps
 
 
 def measure_case(
@@ -37,16 +77,20 @@ def measure_case(
 ) -> list[Row]:
     """The rows of a case in the seconds that are left; who is left out has a row that says so."""
 
-    def error_rows(of: Sequence[Provider], reason: str) -> list[Row]:
-        return [Row(case, provider, mode, error=reason) for provider in of for mode in MODES]
+    tiny = case.size == TINY
 
-    if left < CASE_SECONDS:
+    def error_rows(of: Sequence[Provider], reason: str) -> list[Row]:
+        return [
+            Row(case, provider, mode, error=reason) for provider in of for mode in modes_of(case, case.size == TINY)
+        ]
+
+    if left < seconds_for(case):
         return error_rows(providers, LEFT_OUT)
-    skipped = [p for p in providers if p.name == "compile" and left < COMPILE_SECONDS]
+    skipped = [p for p in providers if p.name == "compile" and left < seconds_for(case) + COMPILE_SECONDS]
     chosen = [p for p in providers if p not in skipped]
     limited = Settings(**{**vars(settings), "compile_seconds": min(settings.compile_seconds, COMPILE_SHARE * left)})
     try:
-        rows = measure(case, chosen, limited, copy, device=copy.device.name)
+        rows = measure(case, chosen, limited, copy, tiny, device=copy.device.name)
     except RuntimeError as error:  # of the card: out of memory, or worse
         rows = error_rows(chosen, first_line(error))
     return sorted(rows + error_rows(skipped, LEFT_OUT), key=lambda row: providers.index(row.provider))
@@ -54,15 +98,17 @@ def measure_case(
 
 def table(rows: list[Row]) -> str:
     """The rows of one case in text: a line a provider."""
-    titles = "".join(f"{mode + ' ms':>21}" for mode in MODES)
+    modes = modes_of(rows[0].case, rows[0].case.size == TINY)
+    unit, factor = ("us", 1e6) if rows[0].case.size == TINY else ("ms", 1e3)
+    titles = "".join(f"{mode + ' ' + unit:>26}" for mode in modes)
     lines = [str(rows[0].case), f"  {'':9}{titles}{'x eager':>9}{'x compile':>11}{'GB/s':>8}{'of copy':>9}"]
     for provider in dict.fromkeys(row.provider for row in rows):
         own = {row.mode: row for row in rows if row.provider == provider}
         line = f"  {provider.name:9}"
-        for mode in MODES:
+        for mode in modes:
             span = own[mode].percentiles
-            line += f"{'failed' if span is None else format(span[1] * 1e3, '.3f'):>21}"
-        last = own[MODES[-1]]
+            line += f"{'failed' if span is None else format(span[1] * factor, '.3f'):>26}"
+        last = own[modes[-1]]
         line += f"{_number(last.ratio_to_eager, '.2f'):>9}{_number(last.ratio_to_compile, '.2f'):>11}"
         line += f"{_number(last.bandwidth and last.bandwidth / 1e9, '.0f'):>8}"
         lines.append(line + f"{_number(last.share_of_copy, '.0%'):>9}")
@@ -81,7 +127,7 @@ def run(
     where: dict[str, Any],
     *,
     device: str = "cuda",
-    sizes: Sequence[Size] = SIZES,
+    sizes: Sequence[Sequence[Size]] = SIZES,
     settings: Settings = SETTINGS,
     say: Callable[[str], object] = print,
 ) -> list[Row]:
@@ -89,17 +135,26 @@ def run(
     end = clock() + seconds
     copy = CopyBandwidth(settings.copy_buffer, device=device)
     where = {**conditions(device), **where}
+    # No reference: its own time says nothing, and it would take memory that a small card does not have.
+    compiler, *others = sorted(select((device,), True, device), key=lambda provider: provider.name != "compile")
     rows: list[Row] = []
-    for size in sizes:
-        # No reference: its own time says nothing, and it would take memory that a small card does not have.
-        providers = select((device,), True, device)
-        (case,) = consensus_map.cases(size, getattr(torch, dtype), "contiguous")
+    left_out, compiled = [], set()
+    for case in ordered(sizes, getattr(torch, dtype)):
+        providers = others if case.op in compiled else [others[0], compiler, *others[1:]]
         found = measure_case(case, providers, settings, copy, end - clock())
+        if case.op in compiled:
+            found += [Row(case, compiler, mode, error=NOT_COMPILED) for mode in modes_of(case, case.size == TINY)]
+        compiled.add(case.op)
         rows += found
         write_json(path, rows, where)
-        say(table(found))
+        if any(row.times for row in found):
+            say(table([row for row in found if row.error != NOT_COMPILED]))
+        else:
+            left_out.append(f"  {case}: {found[0].error}")
         if device == "cuda":
             torch.cuda.empty_cache()
+    if left_out:
+        say("\n".join(["Not measured:", *left_out]))
     return rows
 
 

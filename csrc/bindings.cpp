@@ -7,12 +7,70 @@
 using m3em::address;
 using m3em::Shape;
 using m3em::tensor;
+using m3em::tensors;
 
 #if !defined(M3EM_VERSION) || !defined(M3EM_FLAGS)
 #error "setup.py passes M3EM_VERSION and M3EM_FLAGS"
 #endif
 #define M3EM_TEXT_OF(x) #x
 #define M3EM_TEXT(x) M3EM_TEXT_OF(x)
+
+namespace m3em {
+namespace {
+
+PyObject *dtypes = nullptr; // a dictionary: dtype of Python -> Dtype
+
+void set_dtypes(const py::dict &numbers) { Py_XSETREF(dtypes, numbers.inc_ref().ptr()); }
+
+// With Python's own functions and names that are made once: the casts of pybind11 would be a tenth of a tiny call.
+Tensor of_parts(PyObject *address, PyObject *number, PyObject *strides) {
+    Tensor t;
+    t.data = PyLong_AsVoidPtr(address);
+    t.dtype = static_cast<Dtype>(PyLong_AsLong(number));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(strides) && i < 4; ++i)
+        t.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
+    if (PyErr_Occurred())
+        throw py::error_already_set();
+    return t;
+}
+
+py::object got(PyObject *object) {
+    if (!object)
+        throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(object);
+}
+
+} // namespace
+
+Tensor tensor(const py::object &from) {
+    if (from.is_none())
+        return {};
+    PyObject *const x = from.ptr();
+    if (PyTuple_Check(x)) {
+        if (PyTuple_GET_SIZE(x) != 3 || !PyTuple_Check(PyTuple_GET_ITEM(x, 2)))
+            throw py::type_error("a tensor is given as itself or as (address, dtype, strides)");
+        return of_parts(PyTuple_GET_ITEM(x, 0), PyTuple_GET_ITEM(x, 1), PyTuple_GET_ITEM(x, 2));
+    }
+    static PyObject *const data_ptr = PyUnicode_InternFromString("data_ptr"),
+                           *const stride = PyUnicode_InternFromString("stride"),
+                           *const dtype = PyUnicode_InternFromString("dtype");
+    const py::object address = got(PyObject_CallMethodNoArgs(x, data_ptr));
+    const py::object strides = got(PyObject_CallMethodNoArgs(x, stride));
+    const py::object type = got(PyObject_GetAttr(x, dtype));
+    PyObject *const number = dtypes ? PyDict_GetItemWithError(dtypes, type.ptr()) : nullptr;
+    if (!number || !PyTuple_Check(strides.ptr()))
+        throw py::type_error("a tensor of a floating-point dtype is wanted");
+    return of_parts(address.ptr(), number, strides.ptr());
+}
+
+std::vector<Tensor> tensors(const py::sequence &from) {
+    std::vector<Tensor> all;
+    for (const py::handle &one : from)
+        all.push_back(tensor(py::reinterpret_borrow<py::object>(one)));
+    return all;
+}
+
+} // namespace m3em
 
 namespace {
 
@@ -84,13 +142,6 @@ py::dict build_info() {
     return info;
 }
 
-std::vector<m3em::Tensor> tensors(const py::tuple &from) {
-    std::vector<m3em::Tensor> all;
-    for (const py::handle &one : from)
-        all.push_back(tensor(py::reinterpret_borrow<py::object>(one)));
-    return all;
-}
-
 void advise(const m3em::Tensor &t, int64_t numbers) {
     constexpr int64_t size[] = {8, 4, 2, 2};
     if (t.data)
@@ -106,7 +157,7 @@ m3em::ChannelGate channel_gate(const py::object &x, const Shape &shape, int num_
     return o;
 }
 
-void channel_gate_forward(const py::object &x, const py::tuple &gates, const py::object &out, const Shape &shape,
+void channel_gate_forward(const py::object &x, const py::sequence &gates, const py::object &out, const Shape &shape,
                           int threads) {
     const std::vector<m3em::Tensor> all = tensors(gates);
     m3em::ChannelGate o = channel_gate(x, shape, int(all.size()), threads);
@@ -117,8 +168,8 @@ void channel_gate_forward(const py::object &x, const py::tuple &gates, const py:
     m3em::kernels().channel_gate_forward(o);
 }
 
-void channel_gate_backward(const py::object &x, const py::tuple &gates, const py::object &grad_out,
-                           const py::object &grad_x, const py::tuple &grad_gates, const Shape &shape, int threads) {
+void channel_gate_backward(const py::object &x, const py::sequence &gates, const py::object &grad_out,
+                           const py::object &grad_x, const py::sequence &grad_gates, const Shape &shape, int threads) {
     const std::vector<m3em::Tensor> all = tensors(gates), grads = tensors(grad_gates);
     m3em::ChannelGate o = channel_gate(x, shape, int(all.size()), threads);
     o.gates = all.data();
@@ -204,7 +255,7 @@ m3em::GatedProjection gated_projection(const py::object &x, const py::object &we
     return o;
 }
 
-void gated_projection_forward(const py::object &x, const py::tuple &gates, const py::object &weight,
+void gated_projection_forward(const py::object &x, const py::sequence &gates, const py::object &weight,
                               const py::object &bias, const py::object &out, const Shape &shape, int64_t d,
                               int threads) {
     const std::vector<m3em::Tensor> all = tensors(gates);
@@ -217,8 +268,8 @@ void gated_projection_forward(const py::object &x, const py::tuple &gates, const
     m3em::kernels().gated_projection_forward(o);
 }
 
-void gated_projection_backward(const py::object &x, const py::tuple &gates, const py::object &weight,
-                               const py::object &grad_out, const py::object &grad_x, const py::tuple &grad_gates,
+void gated_projection_backward(const py::object &x, const py::sequence &gates, const py::object &weight,
+                               const py::object &grad_out, const py::object &grad_x, const py::sequence &grad_gates,
                                const py::object &grad_weight, const py::object &grad_bias, const Shape &shape,
                                int64_t d, int threads) {
     const std::vector<m3em::Tensor> all = tensors(gates), grads = tensors(grad_gates);
@@ -241,6 +292,7 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "build_info", &build_info,
         "What this module was built with. openmp is the date of the standard as the compiler gives it, or None.");
+    module.def("dtypes", &m3em::set_dtypes, "Tells the number of every dtype, by the dtype.");
     module.def("isa", [] { return m3em::kernels().isa; }, "The instruction set of the kernels in use.");
     module.def("choose_isa", &m3em::choose_kernels, "Use the kernels of another one; False where that cannot be.");
     module.def("forked", &m3em::forked, "Whether this is a forked child, where the kernels run on one thread.");

@@ -6,6 +6,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <vector>
+
 namespace py = pybind11;
 
 namespace m3em {
@@ -16,24 +18,10 @@ struct Shape {
     int64_t operator[](int i) const { return at[i]; }
 };
 
-// A tensor comes as (address, dtype, strides), one that is not wanted or not there as None. Read with Python's own
-// functions: pybind11's casts of the same would be a twentieth of a tiny call.
-inline Tensor tensor(const py::object &from) {
-    Tensor t;
-    if (from.is_none())
-        return t;
-    PyObject *const parts = from.ptr();
-    if (!PyTuple_Check(parts) || PyTuple_GET_SIZE(parts) != 3 || !PyTuple_Check(PyTuple_GET_ITEM(parts, 2)))
-        throw py::type_error("a tensor is given as (address, dtype, strides)");
-    t.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(parts, 0));
-    t.dtype = static_cast<Dtype>(PyLong_AsLong(PyTuple_GET_ITEM(parts, 1)));
-    PyObject *const strides = PyTuple_GET_ITEM(parts, 2);
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(strides) && i < 4; ++i)
-        t.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
-    if (PyErr_Occurred())
-        throw py::error_already_set();
-    return t;
-}
+// A tensor, one that is not wanted or not there as None. Nothing of torch is needed to read it: anything does that has
+// data_ptr(), stride() and a dtype that Python has told of (`dtypes`). A tuple (address, dtype, strides) does as well.
+Tensor tensor(const py::object &from);
+std::vector<Tensor> tensors(const py::sequence &from);
 
 inline void *address(uintptr_t at) { return reinterpret_cast<void *>(at); }
 

@@ -22,6 +22,8 @@ from m3em_fast import nvrtc
 
 LIBRARY = "libcuda.so.1"
 OLDEST = 70
+# Ops without device code of their own -> whose they use.
+IMAGES = {"gated_consensus_pool": "consensus_pool", "gated_projection": "channel_gate"}
 ARCHIVE = Path(__file__).with_name("_cuda.zip")
 
 
@@ -95,6 +97,7 @@ class Cards:
     def refusal(self, op: str, index: int) -> str | None:
         """Why the kernels of an op cannot run on a device; None where they are loaded, which this does if need be. What
         has failed for good is not tried again."""
+        op = IMAGES.get(op, op)
         if (op, index) in self.modules:
             return None
         with self._lock:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # No fast-math of any kind: the tests hold kernels to exact divisions, square roots and subnormal numbers.
-OPTIONS = ("-std=c++17", "--ptxas-options=-v")
+# Functions without a word of where they run, lambdas above all, run on the card.
+OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "--ptxas-options=-v")
 # Wheels of CUDA 12 and 13, and torch's own folder in its older packages.
 WHEELS = ("nvidia/cuda_nvrtc/lib", "nvidia/cu13/lib", "torch/lib")
 PATTERN = re.compile(r"libnvrtc(?!-builtins)(?!.*\.alt\.)[\w.-]*\.so(\.[\d.]+)?|nvrtc64_\w+\.dll")

@@ -46,7 +46,8 @@ def build(sources=ROOT / "csrc", flags=("-O1",), folder=FOLDER):
 
 
 # The runner of kernels, the driver, and one file an op.
-LIBRARY = ("simt", "kernels", "driver", "consensus_map")
+OPS = ("channel_gate", "consensus_map", "consensus_pool")
+LIBRARY = ("simt", "kernels", "driver", *OPS)
 
 
 def image(arch):
@@ -59,7 +60,7 @@ def image(arch):
     return b"\x7fELF\2\1\1\x33" + bytes([8 if newer else 7]) + bytes(39) + flags.to_bytes(4, "little") + bytes(12)
 
 
-def archive(path, archs=("sm_70",), ops=("consensus_map",), **other):
+def archive(path, archs=("sm_70",), ops=OPS, **other):
     """A _cuda.zip with such images, and with other entries."""
     with zipfile.ZipFile(path, "w") as packed:
         for arch in archs:

@@ -185,10 +185,17 @@ def test_compiler_without_the_standard_librarys_headers_counts_as_missing(tree, 
 def test_compiler_without_openmp_builds_for_one_thread(tree, tmp_path):
     refuse = 'case " $* " in *" -fopenmp "*) echo "error: no OpenMP" >&2; exit 1;; esac'
     said = build(tree, CXX=compiler(tmp_path / "c++", f'{refuse}\nexec g++ "$@"'), CXXFLAGS="-O0")
-    assert "has no OpenMP, so the kernels will run on one thread" in said_by_the_build(said)
+    assert "has no OpenMP that goes with torch's: the kernels will run on one thread" in said_by_the_build(said)
     assert build_info(extension(tree))["openmp"] is None
     found = json.loads(python_in(tree, "m3em_fast.env", "--json"))
     assert found["extension"]["threads"] == "one, for the build had no OpenMP"
+
+
+def test_openmp_of_clang_is_not_put_beside_that_of_torch(tree, tmp_path):
+    as_clang = 'case " $* " in *" -fopenmp "*) exec g++ -D__clang__ "$@";; esac'
+    said = build(tree, CXX=compiler(tmp_path / "c++", f'{as_clang}\nexec g++ "$@"'), CXXFLAGS="-O0")
+    assert "has no OpenMP that goes with torch's" in said_by_the_build(said)
+    assert build_info(extension(tree))["openmp"] is None
 
 
 def test_environment_report_of_this_checkout():

@@ -3,9 +3,11 @@
 import contextlib
 import io
 import os
+import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -19,6 +21,7 @@ from m3em_fast.data import store
 from m3em_fast.data.digits import __main__ as digits
 from m3em_fast.uda import report
 
+ROOT = Path(__file__).resolve().parents[1]
 LONG = "--" + "-".join(["on"] * 60)
 METHODS = "source_only, ta3n, ta3n_smr, ta3n_cmc, m3em"
 
@@ -188,3 +191,20 @@ def test_without_tyro_the_extra_is_named(monkeypatch):
         pytest.raises(ImportError, match=r'tyro could not .*: pip install "m3em_fast\[train'),
     ):
         _cli.cli(Options, [], prog="small")
+
+
+@pytest.mark.parametrize(
+    "program, start",
+    [
+        ("train.py", "runpy.run_path('train.py', run_name='__main__')"),
+        ("m3em_fast.uda.report", "runpy.run_module('m3em_fast.uda.report', run_name='__main__')"),
+        ("python -m bench", "runpy.run_module('bench', run_name='__main__')"),
+    ],
+)
+def test_without_the_extra_a_program_says_what_to_install(program, start):
+    hide = "import importlib.util as u, runpy\nfind = u.find_spec\n"
+    hide += "u.find_spec = lambda name, *a: None if name == 'rich' else find(name, *a)"
+    done = subprocess.run([sys.executable, "-c", f"{hide}\n{start}"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == f'{program}: rich missing: pip install "m3em_fast[train]".'
+    assert "Traceback" not in done.stderr

@@ -90,11 +90,15 @@ def test_a_kernel_that_spills_fails(tmp_path):
             "other_f32_7x7; consensus_map_<stage>",
         ),
         (
+            'extern "C" __global__ void __launch_bounds__(64, 1) consensus_map_other_f32_7x7() {}',
+            "a kernel consensus_map_other_f32_7x7, and PLANS in bench/cuda_report.py no word about other.$",
+        ),
+        (
             'extern "C" __global__ void consensus_map_partial_f32_7x7() {}',
             "Launch bounds are missing from consensus_map",
         ),
     ],
-    ids=["another name", "no launch bounds"],
+    ids=["another name", "another stage", "no launch bounds"],
 )
 def test_kernels_that_the_report_cannot_place_are_named(tmp_path, kernel, said):
     csrc = a_tree(tmp_path)
@@ -110,6 +114,33 @@ def test_an_op_whose_shared_memory_is_not_known_is_named(tmp_path):
     (csrc / "cuda/new_op.cu").write_text(kernel)
     with pytest.raises(cuda_report.Broken, match=r"^csrc/cuda/new_op\.cu has no plan in bench/cuda_report\.py"):
         cuda_report.measure(csrc)
+
+
+def test_the_bytes_are_those_of_the_tensors():
+    """Float32 at the paper's step: what is counted, against the sizes of the tensors, and never less than the floor."""
+    n, c, p = 1675, 1024, 49
+    x, vector, plane = 4 * n * c * p, 4 * n * c, 4 * n * p
+    floors = {
+        "consensus_map": {"both: forward": x + plane, "backward": 2 * x + plane},  # D is half of C, there are two maps
+        "channel_gate": {
+            "forward": 3 * x + 2 * vector,
+            "backward": 4 * x + 4 * vector,
+            "backward, x frozen": 3 * x + 2 * vector,
+        },
+        "consensus_pool": {
+            "forward": x + plane + vector,
+            "forward, no map": x + vector,
+            "both: backward": 2 * x + vector + 2 * plane,
+            "both: backward, x frozen": x + vector + plane,
+            "backward, no map": x + vector,
+        },
+    }
+    assert set(floors) == {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")}
+    for op, wanted in floors.items():
+        given = cuda_report.plan(op, "7x7", "f32", ROOT / "csrc")
+        rows = cuda_report.TRAFFIC[op][0](cuda_report.PAPER[op], given, 4, 4)
+        assert {stage: floor for stage, _, floor in rows if floor is not None} == wanted
+        assert all(floor is None or floor <= moved <= 1.05 * floor for _, moved, floor in rows)
 
 
 KERNEL = Kernel("op_stage_f32_7x7", "op", "stage", "f32", "7x7", 256, 1024)

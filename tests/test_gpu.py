@@ -1,7 +1,7 @@
 """The op tests that need a card: ``consensus_map`` on backend ``cuda`` against the exact results, and what only a card
 shows: streams, threads, graphs, synchronisation. ``make gpu`` runs them.
 
-M3EM_GPU_STAND_IN=simt, or another backend for CPU tensors, tries the first half of them out where there is no card.
+The first half of them runs on a stand-in as well (gpu_cases.py); the other ops and the module are in test_gpu_ops.py.
 """
 
 import os
@@ -15,16 +15,11 @@ import torch
 
 import exact
 import m3em_fast
+from gpu_cases import BACKEND, DEVICE, ON_CARD, assert_equal, on_the_card
 from m3em_fast import ops
 from op_cases import DTYPES, HALF, Call, check, lay_out, random_grad, random_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
-STAND_IN = os.environ.get("M3EM_GPU_STAND_IN")
-if STAND_IN is None and not torch.cuda.is_available():
-    pytest.skip("torch sees no CUDA device here", allow_module_level=True)
-DEVICE, BACKEND = ("cpu", STAND_IN) if STAND_IN else ("cuda", "cuda")
-ON_CARD = pytest.mark.skipif(STAND_IN is not None, reason="a stand-in on the CPU has no streams")
-
 # The special shape with one chunk of channels and with several, other shapes, full tiles and parts of one, more cells
 # than threads, maps longer than wide, one position, no clip.
 SHAPES = [(3, 40, 7, 7), (2, 512, 7, 7), (2, 200, 7, 8), (2, 64, 14, 14), (1, 5, 28, 20), (2, 33, 5, 3), (1, 9, 1, 9)]
@@ -36,18 +31,9 @@ EVERY_CALL = pytest.mark.parametrize("call", CALLS, ids=str)
 
 
 @pytest.fixture(autouse=True)
-def on_the_card():
-    """Backend ``cuda`` by name, so that no other one serves in its place; memory that torch hands out is NaN."""
-    if STAND_IN == "simt":
-        import simt_cases
-
-        simt_cases.simulated()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with m3em_fast.backend(BACKEND):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+def card():
+    with on_the_card():
+        yield
 
 
 def draw(call, shape, dtype, layouts=("contiguous", "contiguous"), grad_layout="contiguous"):
@@ -62,10 +48,6 @@ def compute(tensors, grad, **options):
     leaves = [t.detach().requires_grad_() for t in tensors]
     out = ops.consensus_map(*leaves, **options)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-
-def assert_equal(found, wanted):
-    assert all(map(torch.equal, found, wanted)), [(f - w).abs().max() for f, w in zip(found, wanted, strict=True)]
 
 
 @EVERY_CALL

@@ -115,7 +115,8 @@ def test_wheel_holds_the_device_code_and_nothing_of_nvidias(tree, unpacked):
     assert names == {"index.json", *index["images"], *sources}
     # The isolated build had NVRTC 12.9 of its own, whatever the environment of the tests has.
     assert (index["version"], index["nvrtc"], index["missing"]) == (version(), "12.9", {})
-    assert {"sm_70/consensus_map.cubin", "sm_120/consensus_map.cubin"} < set(index["images"])
+    ops = [path.stem for path in (tree / "csrc/cuda").glob("*.cu")]
+    assert {f"{arch}/{op}.cubin" for op in ops for arch in ("sm_70", "sm_120")} < set(index["images"])
     assert 0 < kernels.count(".entry ") <= 60
     assert not [p for p in unpacked.rglob("*") if "nvrtc" in p.name and p.suffix != ".py"]
 

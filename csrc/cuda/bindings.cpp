@@ -48,6 +48,69 @@ py::tuple consensus_map_needs(int dtype, int64_t d, int64_t h, int64_t w, int nu
     return py::make_tuple(needs.workspace, needs.stats, needs.shared);
 }
 
+ChannelGate channel_gate(const py::object &x, const std::vector<Tensor> &gates, const Shape &shape) {
+    ChannelGate o;
+    o.x = tensor(x);
+    o.gates = gates.data();
+    o.num_gates = int(gates.size());
+    o.n = shape[0], o.c = shape[1], o.h = shape[2], o.w = shape[3];
+    return o;
+}
+
+void channel_gate_forward(Module &module, uintptr_t stream, const py::object &x, const py::sequence &gates,
+                          const py::object &out, const Shape &shape) {
+    const std::vector<Tensor> all = tensors(gates);
+    ChannelGate o = channel_gate(x, all, shape);
+    o.out = tensor(out);
+    py::gil_scoped_release released;
+    cuda::channel_gate_forward(module, address(stream), o);
+}
+
+void channel_gate_backward(Module &module, uintptr_t stream, const py::object &x, const py::sequence &gates,
+                           const py::object &grad_out, const py::object &grad_x, const py::sequence &grad_gates,
+                           const Shape &shape) {
+    const std::vector<Tensor> all = tensors(gates), grads = tensors(grad_gates);
+    ChannelGate o = channel_gate(x, all, shape);
+    o.grad_out = tensor(grad_out);
+    o.grad_x = tensor(grad_x);
+    o.grad_gates = grads.data();
+    py::gil_scoped_release released;
+    cuda::channel_gate_backward(module, address(stream), o);
+}
+
+ConsensusPool consensus_pool(const py::object &x, const py::object &cmap, const Shape &shape) {
+    ConsensusPool o;
+    o.x = tensor(x);
+    o.cmap = tensor(cmap);
+    o.n = shape[0], o.c = shape[1], o.h = shape[2], o.w = shape[3];
+    return o;
+}
+
+void consensus_pool_forward(Module &module, uintptr_t stream, const py::object &x, const py::object &cmap,
+                            const py::object &out, const Shape &shape) {
+    ConsensusPool o = consensus_pool(x, cmap, shape);
+    o.out = tensor(out);
+    py::gil_scoped_release released;
+    cuda::consensus_pool_forward(module, address(stream), o);
+}
+
+void consensus_pool_backward(Module &module, uintptr_t stream, const py::object &x, const py::object &cmap,
+                             const py::object &grad_out, const py::object &grad_x, const py::object &grad_cmap,
+                             uintptr_t workspace, const Shape &shape) {
+    ConsensusPool o = consensus_pool(x, cmap, shape);
+    o.grad_out = tensor(grad_out);
+    o.grad_x = tensor(grad_x);
+    o.grad_cmap = tensor(grad_cmap);
+    py::gil_scoped_release released;
+    cuda::consensus_pool_backward(module, address(stream), o, address(workspace));
+}
+
+long long consensus_pool_workspace(int dtype, int64_t c, int64_t h, int64_t w) {
+    ConsensusPool o;
+    o.n = 1, o.c = c, o.h = h, o.w = w;
+    return cuda::consensus_pool_workspace(static_cast<Dtype>(dtype), o);
+}
+
 } // namespace
 
 void bind_cuda(py::module_ &module) {
@@ -80,6 +143,13 @@ void bind_cuda(py::module_ &module) {
         "Numbers of the workspace and of the statistics for one sample, and bytes of shared memory for a block.");
     module.def("cuda_consensus_map_forward", &consensus_map_forward);
     module.def("cuda_consensus_map_backward", &consensus_map_backward);
+    module.def("cuda_channel_gate_most", &cuda::channel_gate_most, "Gates that one call takes.");
+    module.def("cuda_channel_gate_forward", &channel_gate_forward);
+    module.def("cuda_channel_gate_backward", &channel_gate_backward);
+    module.def("cuda_consensus_pool_workspace", &consensus_pool_workspace,
+               "Numbers that the gradient of the map needs for one sample.");
+    module.def("cuda_consensus_pool_forward", &consensus_pool_forward);
+    module.def("cuda_consensus_pool_backward", &consensus_pool_backward);
 }
 
 } // namespace m3em

@@ -1,23 +1,15 @@
 #include "cuda/consensus_map.h"
 
+#include "cuda/host.h"
 #include "cuda/ops.h"
-
-#include <algorithm>
-#include <climits>
 
 namespace m3em {
 namespace cuda {
 namespace {
 
-constexpr const char *DtypeNames[] = {"f64", "f32", "f16", "bf16"};
-
-Map map_of(const Tensor &t) { return {t.data, {t.stride[0], t.stride[1], t.stride[2], t.stride[3]}}; }
-
 // All but what only one of the two passes has.
 ConsensusMapArguments arguments_of(const ConsensusMap &given) {
-    // Kernels count samples, channels and positions in 32 bits each, elements in 64.
-    if (std::max({given.n, given.d, given.h * given.w}) > INT_MAX)
-        throw DriverError("consensus_map counts at most 2^31 - 1 samples, channels and positions on a card.");
+    check_counts("consensus_map", given.n, given.d, given.h * given.w);
     ConsensusMapArguments m = {};
     m.a = map_of(given.a), m.b = map_of(given.b);
     m.stats = given.stats;
@@ -29,7 +21,7 @@ ConsensusMapArguments arguments_of(const ConsensusMap &given) {
 }
 
 ConsensusMapPlan plan_of(ConsensusMapArguments &m, Dtype dtype) {
-    return ConsensusMapPlan(m, dtype == Dtype::f64 ? 8 : 4, dtype != Dtype::f64);
+    return ConsensusMapPlan(m, number_of(dtype), dtype != Dtype::f64);
 }
 
 enum Stage { partial, finish, backward };

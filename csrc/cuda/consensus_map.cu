@@ -200,6 +200,7 @@ __device__ void finish(const ConsensusMapArguments &m) {
     for (int cell = tid; cell < g.cells; cell += MapThreads) {
         Sums<A> total, other;
         total.load(from + cell * per_cell, center);
+#pragma unroll 1
         for (int i = 1; i < m.chunks; ++i) {
             const int before = i * m.chunk, more = m.d - before < m.chunk ? m.d - before : m.chunk;
             other.load(from + (i * g.cells + cell) * per_cell, center);
@@ -373,7 +374,7 @@ __device__ void backward(const ConsensusMapArguments &m) {
 #define M3EM_CONSENSUS_MAP(dtype, T, form, ...)                                                                        \
     M3EM_KERNEL(consensus_map_partial_##dtype##_##form, m3em::MapThreads, m3em::MapBlocks,                             \
                 m3em::ConsensusMapArguments, m3em::partial<T, __VA_ARGS__>)                                            \
-    M3EM_KERNEL(consensus_map_finish_##dtype##_##form, m3em::MapThreads, 1, m3em::ConsensusMapArguments,               \
+    M3EM_KERNEL(consensus_map_finish_##dtype##_##form, m3em::MapThreads, m3em::MapBlocks, m3em::ConsensusMapArguments, \
                 m3em::finish<T, __VA_ARGS__>)                                                                          \
     M3EM_KERNEL(consensus_map_backward_##dtype##_##form, m3em::MapThreads, m3em::MapBlocks,                            \
                 m3em::ConsensusMapArguments, m3em::backward<T, __VA_ARGS__>)

@@ -17,5 +17,15 @@ ConsensusMapNeeds consensus_map_needs(Dtype dtype, const ConsensusMap &map);
 void consensus_map_forward(Module &module, void *stream, const ConsensusMap &map, void *partial);
 void consensus_map_backward(Module &module, void *stream, const ConsensusMap &map);
 
+int channel_gate_most(); // gates of one call
+// `out` and `grad_out` may be float32 beside a half x.
+void channel_gate_forward(Module &module, void *stream, const ChannelGate &gate);
+void channel_gate_backward(Module &module, void *stream, const ChannelGate &gate);
+
+// Numbers of the accumulation type that the gradient of the map needs for every sample.
+long long consensus_pool_workspace(Dtype dtype, const ConsensusPool &pool);
+void consensus_pool_forward(Module &module, void *stream, const ConsensusPool &pool);
+void consensus_pool_backward(Module &module, void *stream, const ConsensusPool &pool, void *workspace);
+
 } // namespace cuda
 } // namespace m3em

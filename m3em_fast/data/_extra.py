@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from typing import Any
 
 
@@ -16,3 +18,15 @@ def needs(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f'{module} could not be imported ({error}): pip install "m3em_fast[train]".') from error
+
+
+# What the extra `train` brings, by the names of modules.
+TRAIN = ("matplotlib", "rich", "tensorboard", "torchmetrics", "tqdm", "tyro")
+
+
+def require(prog: str, *modules: str) -> None:
+    """End the program, with one sentence and exit code 2, where libraries of the extra ``train`` are missing."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f'{prog}: {", ".join(missing)} missing: pip install "m3em_fast[train]".', file=sys.stderr)
+        sys.exit(2)

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from m3em_fast.backends import native
+
 # The numbers of m3em::Dtype in csrc/cpu/kernels.h.
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-
-
-def arg(x: Tensor | Form | None) -> tuple | None:
-    """A tensor as the kernels take it; None for one that is not there or not wanted."""
-    return None if x is None else (x.data_ptr(), DTYPES[x.dtype], x.stride())
-
-
-def every(*tensors: Tensor) -> list[tuple]:
-    """``arg`` of tensors that are all there, in less time."""
-    return [(x.data_ptr(), DTYPES[x.dtype], x.stride()) for x in tensors]
+if native is not None:
+    native.dtypes(DTYPES)  # with it they read tensors themselves
 
 
 class Form:
-    """What is left of an input that a backward does not read: enough to make memory for its gradient."""
+    """What is left of an input that a backward does not read: enough to make memory for its gradient.
+
+    Kernels take it for a tensor without memory.
+    """
 
     __slots__ = ("channels_last", "device", "dtype", "shape", "strides")
 
@@ -35,10 +30,6 @@ class Form:
 
     def data_ptr(self) -> int:
         return 0
-
-
-def args(tensors: Sequence[Tensor | Form | None]) -> tuple:
-    return tuple([arg(x) for x in tensors])
 
 
 def is_channels_last(x: Tensor) -> bool:

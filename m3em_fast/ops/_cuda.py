@@ -33,14 +33,22 @@ def shared_memory(kind: str, index: int | None) -> int:
     return 48 << 10 if backends.simulated is None else backends.simulated.shared_memory(backends.simulated.device)
 
 
-def gradient_of(x: Tensor | Form | None, needed: bool) -> Tensor | None:
-    """Memory for the gradient of x (any rank) beside it, without the gaps that x may have; None if not needed."""
+def gradient_of(x: Tensor | Form | None, needed: bool, device: torch.device) -> Tensor | None:
+    """Memory on a device for the gradient of x (any rank), without the gaps that x may have; None if not needed."""
     if x is None or not needed:
         return None
-    if x.channels_last if isinstance(x, Form) else x.dim() == 4 and is_channels_last(x):
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    last = x.channels_last if isinstance(x, Form) else x.dim() == 4 and is_channels_last(x)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(x.shape, dtype=x.dtype, device=device, memory_format=layout)
 
 
-def gradients_of(tensors: Sequence[Tensor | Form | None], needs: Sequence[bool]) -> list[Tensor | None]:
-    return [gradient_of(t, need) for t, need in zip(tensors, needs, strict=True)]
+def gradients_of(grad: Tensor, tensors: Sequence[Tensor | Form | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Memory for the needed gradients, beside the incoming one: what is left of an unread input has no device."""
+    return [gradient_of(t, need, grad.device) for t, need in zip(tensors, needs, strict=True)]
+
+
+def empty_beside(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """Memory for a result (N,channels,H,W) beside x, in its memory format."""
+    n, _, h, w = x.shape
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    return torch.empty((n, channels, h, w), dtype=dtype, device=x.device, memory_format=layout)

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from m3em_fast import reference
 from m3em_fast.backends import native
-from m3em_fast.ops import _checks
-from m3em_fast.ops._cpu import arg, args, empty_beside, gradient_of
+from m3em_fast.ops import _checks, _cuda
+from m3em_fast.ops._cpu import Form, empty_beside, gradient_of
 from m3em_fast.ops._function import Kernels, Op, Tensors
+
+MOST = 0 if native is None else native.cuda_channel_gate_most()
 
 
 def channel_gate(x: Tensor, *gates: Tensor) -> Tensor:
@@ -41,7 +44,7 @@ def _reference(options: tuple, tensors: Tensors) -> Tensor:
 def _cpu_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor, Sequence[Tensor]]:
     x, *gates = tensors
     out = empty_beside(x, len(gates) * x.shape[1], x.dtype)
-    native.channel_gate_forward(arg(x), args(gates), arg(out), x.shape, torch.get_num_threads())
+    native.channel_gate_forward(x, gates, out, x.shape, torch.get_num_threads())
     return out, ()
 
 
@@ -50,9 +53,7 @@ def _cpu_backward(
 ) -> Sequence[Tensor | None]:
     x, *gates = tensors
     grads = [gradient_of(t, need) for t, need in zip(tensors, needs, strict=True)]
-    native.channel_gate_backward(
-        arg(x), args(gates), arg(grad), arg(grads[0]), args(grads[1:]), x.shape, torch.get_num_threads()
-    )
+    native.channel_gate_backward(x, gates, grad, grads[0], grads[1:], x.shape, torch.get_num_threads())
     return grads
 
 
@@ -65,5 +66,52 @@ def _cpu_form(options: tuple, tensors: Tensors) -> tuple[Tensor, Sequence[Tensor
     return empty_beside(x, len(gates) * x.shape[1], x.dtype), ()
 
 
+def _cuda_refuses(options: tuple, tensors: Sequence[Any]) -> str | None:
+    return too_many(len(tensors) - 1)
+
+
+def too_many(gates: int) -> str | None:
+    """Why the kernels for cards cannot serve so many gates; None where they can."""
+    return None if gates <= MOST else f"it takes {MOST} gates at most, and there are {gates}"
+
+
+def cuda_forward(x: Tensor, gates: Sequence[Tensor], out: Tensor) -> None:
+    """The gated copies of x into memory of any strides (N,G*C,H,W), in the dtype of x or the accumulation type."""
+    module, stream = _cuda.loaded("channel_gate", x)
+    native.cuda_channel_gate_forward(module, stream, x, gates, out, x.shape)
+
+
+def cuda_backward(
+    x: Tensor | Form, gates: Sequence[Tensor | Form], grad: Tensor, grads: Sequence[Tensor | None]
+) -> None:
+    """The gradients of x and of the gates that are there, from those of the gated copies, for the samples of these."""
+    module, stream = _cuda.loaded("channel_gate", grad)
+    shape = (grad.shape[0], *x.shape[1:])
+    native.cuda_channel_gate_backward(module, stream, x, gates, grad, grads[0], grads[1:], shape)
+
+
+def _cuda_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor, Sequence[Tensor]]:
+    x, *gates = tensors
+    out = _cuda.empty_beside(x, len(gates) * x.shape[1], x.dtype)
+    cuda_forward(x, gates, out)
+    return out, ()
+
+
+def _cuda_backward(
+    options: tuple, grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    x, *gates = tensors
+    grads = _cuda.gradients_of(grad, tensors, needs)
+    cuda_backward(x, gates, grad, grads)
+    return grads
+
+
+def _cuda_form(options: tuple, tensors: Tensors) -> tuple[Tensor, Sequence[Tensor]]:
+    x, *gates = tensors
+    return _cuda.empty_beside(x, len(gates) * x.shape[1], x.dtype), ()
+
+
 _SCHEMA = "(Tensor x, Tensor[] gates, str backend) -> Tensor"
-_op = Op("channel_gate", _reference, _reads, {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form)}, _SCHEMA)
+_CUDA = Kernels(_cuda_forward, _cuda_backward, _cuda_form, _cuda_refuses)
+_KERNELS = {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form), "cuda": _CUDA, "simt": _CUDA}
+_op = Op("channel_gate", _reference, _reads, _KERNELS, _SCHEMA)

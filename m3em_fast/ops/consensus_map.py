@@ -11,7 +11,7 @@ from torch import Tensor
 from m3em_fast import reference
 from m3em_fast.backends import constant, native
 from m3em_fast.ops import _checks, _cuda
-from m3em_fast.ops._cpu import DTYPES, arg, args, gradient_of
+from m3em_fast.ops._cpu import DTYPES, gradient_of
 from m3em_fast.ops._function import Kernels, Op, Tensors
 
 _OP = "consensus_map"
@@ -96,7 +96,7 @@ def _cpu_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor,
         size = native.consensus_map_stats(h, w, scales, center)
         saved.append(torch.empty((n, size), dtype=reference.accumulation_dtype(a.dtype)))
     stats = saved[0].data_ptr() if saves else 0
-    native.consensus_map_forward(arg(a), arg(b), arg(out), stats, shape, scales, center, eps, torch.get_num_threads())
+    native.consensus_map_forward(a, b, out, stats, shape, scales, center, eps, torch.get_num_threads())
     return out, saved
 
 
@@ -107,9 +107,7 @@ def _cpu_backward(
     scales, center, eps, _ = options
     grads = [gradient_of(t, need) for t, need in zip(tensors, needs, strict=True)]
     stats = saved[0].data_ptr()
-    native.consensus_map_backward(
-        arg(a), arg(b), arg(grad), *args(grads), stats, a.shape, scales, center, eps, torch.get_num_threads()
-    )
+    native.consensus_map_backward(a, b, grad, *grads, stats, a.shape, scales, center, eps, torch.get_num_threads())
     return grads
 
 
@@ -157,9 +155,7 @@ def _cuda_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor
     partial = a.new_empty(n * workspace, dtype=accumulation)
     saved = [a.new_empty((n, size), dtype=accumulation)] if saves else []
     stats = saved[0].data_ptr() if saves else 0
-    native.cuda_consensus_map_forward(
-        module, stream, arg(a), arg(b), arg(out), stats, partial.data_ptr(), shape, scales, center, eps
-    )
+    native.cuda_consensus_map_forward(module, stream, a, b, out, stats, partial.data_ptr(), shape, scales, center, eps)
     return out, saved
 
 
@@ -169,9 +165,9 @@ def _cuda_backward(
     a, b = tensors
     scales, center, eps, _ = options
     module, stream = _cuda.loaded(_OP, a)
-    grads = _cuda.gradients_of(tensors, needs)
+    grads = _cuda.gradients_of(grad, tensors, needs)
     native.cuda_consensus_map_backward(
-        module, stream, arg(a), arg(b), arg(grad), *args(grads), saved[0].data_ptr(), a.shape, scales, center, eps
+        module, stream, a, b, grad, *grads, saved[0].data_ptr(), a.shape, scales, center, eps
     )
     return grads
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from m3em_fast import reference
 from m3em_fast.backends import native
-from m3em_fast.ops import _checks
-from m3em_fast.ops._cpu import arg, gradient_of
+from m3em_fast.ops import _checks, _cuda
+from m3em_fast.ops._cpu import DTYPES, gradient_of
 from m3em_fast.ops._function import Kernels, Op, Tensors
 
 
@@ -48,7 +48,7 @@ def _cpu_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor,
     n, c, _, _ = x.shape
     dtype = options[0]
     out = x.new_empty(n, c) if x.dtype is dtype else torch.empty((n, c), dtype=dtype)
-    native.consensus_pool_forward(arg(x), arg(cmap), arg(out), x.shape, torch.get_num_threads())
+    native.consensus_pool_forward(x, cmap, out, x.shape, torch.get_num_threads())
     return out, ()
 
 
@@ -58,9 +58,7 @@ def _cpu_backward(
     x, cmap = tensors
     grad_x = gradient_of(x, needs[0])
     grad_cmap = torch.empty(cmap.shape, dtype=cmap.dtype) if needs[1] else None
-    native.consensus_pool_backward(
-        arg(x), arg(cmap), arg(grad), arg(grad_x), arg(grad_cmap), x.shape, torch.get_num_threads()
-    )
+    native.consensus_pool_backward(x, cmap, grad, grad_x, grad_cmap, x.shape, torch.get_num_threads())
     return grad_x, grad_cmap
 
 
@@ -68,6 +66,37 @@ def _cpu_form(options: tuple, tensors: Tensors) -> tuple[Tensor, Sequence[Tensor
     return torch.empty(tensors[0].shape[:2], dtype=options[0]), ()
 
 
+def _cuda_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor, Sequence[Tensor]]:
+    x, cmap = tensors
+    n, c, _, _ = x.shape
+    module, stream = _cuda.loaded("consensus_pool", x)
+    out = x.new_empty((n, c), dtype=options[0])
+    native.cuda_consensus_pool_forward(module, stream, x, cmap, out, x.shape)
+    return out, ()
+
+
+def _cuda_backward(
+    options: tuple, grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    x, cmap = tensors
+    module, stream = _cuda.loaded("consensus_pool", grad)
+    grad_x, grad_cmap, workspace = _cuda.gradient_of(x, needs[0], grad.device), None, 0
+    if needs[1]:
+        n, c, h, w = x.shape
+        grad_cmap = grad.new_empty(cmap.shape, dtype=cmap.dtype)
+        numbers = n * native.cuda_consensus_pool_workspace(DTYPES[x.dtype], c, h, w)
+        partial = grad.new_empty(numbers, dtype=reference.accumulation_dtype(x.dtype))
+        workspace = partial.data_ptr()
+    native.cuda_consensus_pool_backward(module, stream, x, cmap, grad, grad_x, grad_cmap, workspace, x.shape)
+    return grad_x, grad_cmap
+
+
+def _cuda_form(options: tuple, tensors: Tensors) -> tuple[Tensor, Sequence[Tensor]]:
+    x, _ = tensors
+    return x.new_empty(x.shape[:2], dtype=options[0]), ()
+
+
 _SCHEMA = "(Tensor x, Tensor? cmap, ScalarType dtype, str backend) -> Tensor"
-_KERNELS = {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form)}
+_CUDA = Kernels(_cuda_forward, _cuda_backward, _cuda_form)
+_KERNELS = {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form), "cuda": _CUDA, "simt": _CUDA}
 _op = Op("consensus_pool", _reference, lambda needs: (needs[1], needs[0]), _KERNELS, _SCHEMA)

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from m3em_fast import reference
 from m3em_fast.backends import native
-from m3em_fast.ops import _checks
-from m3em_fast.ops._cpu import arg, args, empty_beside, every, gradient_of
+from m3em_fast.ops import _checks, _gated_projection_cuda
+from m3em_fast.ops._cpu import empty_beside, gradient_of
 from m3em_fast.ops._function import Kernels, Op, Tensors
+from m3em_fast.ops.channel_gate import too_many
 
 _OP = "gated_projection"
 
@@ -75,14 +77,10 @@ def _reference(options: tuple, tensors: Tensors) -> Tensor:
 
 
 def _cpu_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor, Sequence[Tensor]]:
-    *given, bias = tensors
-    x, weight = given[0], given[-1]
+    x, *gates, weight, bias = tensors
     d = weight.shape[0]
     out = empty_beside(x, d, weight.dtype)
-    at_x, *at_gates, at_weight, at_out = every(*given, out)
-    native.gated_projection_forward(
-        at_x, tuple(at_gates), at_weight, arg(bias), at_out, x.shape, d, torch.get_num_threads()
-    )
+    native.gated_projection_forward(x, gates, weight, bias, out, x.shape, d, torch.get_num_threads())
     return out, ()
 
 
@@ -93,14 +91,14 @@ def _cpu_backward(
     grads = [gradient_of(t, need) for t, need in zip(tensors, needs, strict=True)]
     grad_x, *grad_gates, grad_weight, grad_bias = grads
     native.gated_projection_backward(
-        arg(x),
-        args(gates),
-        arg(weight),
-        arg(grad),
-        arg(grad_x),
-        args(grad_gates),
-        arg(grad_weight),
-        arg(grad_bias),
+        x,
+        gates,
+        weight,
+        grad,
+        grad_x,
+        grad_gates,
+        grad_weight,
+        grad_bias,
         x.shape,
         weight.shape[0],
         torch.get_num_threads(),
@@ -118,5 +116,13 @@ def _cpu_form(options: tuple, tensors: Tensors) -> tuple[Tensor, Sequence[Tensor
     return empty_beside(x, weight.shape[0], weight.dtype), ()
 
 
+def _cuda_refuses(options: tuple, tensors: Sequence[Any]) -> str | None:
+    return too_many(len(tensors) - 3)
+
+
 _SCHEMA = "(Tensor x, Tensor[] gates, Tensor weight, Tensor? bias, str backend) -> Tensor"
-_op = Op(_OP, _reference, _reads, {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form)}, _SCHEMA)
+_CUDA = Kernels(
+    _gated_projection_cuda.forward, _gated_projection_cuda.backward, _gated_projection_cuda.form, _cuda_refuses
+)
+_KERNELS = {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form), "cuda": _CUDA, "simt": _CUDA}
+_op = Op(_OP, _reference, _reads, _KERNELS, _SCHEMA)

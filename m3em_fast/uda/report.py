@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from m3em_fast.data import _extra
+
+if __name__ == "__main__":
+    _extra.require("m3em_fast.uda.report", *_extra.TRAIN)
+
 import matplotlib
 
 matplotlib.use("Agg")  # before pyplot: a training machine may have no display

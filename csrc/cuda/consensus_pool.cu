@@ -1,0 +1,250 @@
+// consensus_pool on a card: one read of x; backward, one write of its gradient, and a read of x only where the map's
+// gradient is wanted.
+//
+// A block takes a chunk of the channels of one sample. Where channels lie one after another it walks over them 16 bytes
+// at a time and leaves x times the weights in shared memory, where the sums are made; in any other memory,
+// channels_last above all, neighbouring threads take neighbouring channels. The map's gradient is a sum over all
+// channels: a second kernel adds the chunks in their order. Every sum has one order, by C, H, W and dtype.
+#include "cuda/consensus_pool.cuh"
+#include "cuda/slab.cuh"
+
+namespace m3em {
+namespace {
+
+// What a block works on: channels c0 .. c0+count of one sample.
+struct PoolPart {
+    long long n;
+    int c0, count;
+    __device__ explicit PoolPart(const ConsensusPoolArguments &m)
+        : n(blockIdx.x / m.chunks), c0(int(blockIdx.x % m.chunks) * m.chunk),
+          count(c0 + m.chunk < m.c ? m.chunk : m.c - c0) {}
+};
+
+template <class T>
+__device__ inline T *sample_of(const Map &map, const PoolPart &part) {
+    return static_cast<T *>(map.data) + part.n * map.stride[0] + part.c0 * map.stride[1];
+}
+
+// 1 + cmap at a position.
+template <class T, class A>
+__device__ inline A weight_at(const ConsensusPoolArguments &m, long long n, int q) {
+    if (!m.cmap.data)
+        return A(1);
+    const int row = q / m.w, column = q - row * m.w;
+    const long long *s = m.cmap.stride;
+    return A(1) + read<T, A>(m.cmap.data, n * s[0] + row * s[1] + column * s[2], m.cmap.wide);
+}
+
+template <class T, int P0>
+__device__ void forward(const ConsensusPoolArguments &m) {
+    using A = typename acc_of<T>::type;
+    M3EM_SHARED(memory);
+    const int p = P0 ? P0 : m.h * m.w, pitch = odd(m.segment), tid = threadIdx.x;
+    const PoolPart part(m);
+    const T *x = sample_of<const T>(m.x, part);
+    const auto write_mean = [&](int c, A sum) {
+        write<T, A>(m.out.data, part.n * m.out.stride[0] + (part.c0 + c) * m.out.stride[1], m.out.wide, sum / A(p));
+    };
+    if (!m.rows) {
+#pragma unroll 1
+        for (int c = tid; c < part.count; c += PoolThreads) {
+            A sum = 0;
+#pragma unroll 1
+            for (int q = 0; q < p; ++q) {
+                const int row = q / m.w, column = q - row * m.w;
+                sum += A(widen(x[c * m.x.stride[1] + row * m.x.stride[2] + column * m.x.stride[3]])) *
+                       weight_at<T, A>(m, part.n, q);
+            }
+            write_mean(c, sum);
+        }
+        return;
+    }
+    A *weights = reinterpret_cast<A *>(memory), *sums = weights + m.segment, *products = sums + m.tile;
+    const int warp = tid / 32, lane = tid % 32;
+#pragma unroll 1
+    for (int first = 0; first < part.count; first += m.tile) {
+        const int count = part.count - first < m.tile ? part.count - first : m.tile;
+#pragma unroll 1
+        for (int p0 = 0; p0 < p; p0 += m.segment) {
+            const int positions = p - p0 < m.segment ? p - p0 : m.segment;
+            if (positions < p || first == 0) {
+                for (int q = tid; q < positions; q += PoolThreads)
+                    weights[q] = weight_at<T, A>(m, part.n, p0 + q);
+                __syncthreads();
+            }
+            const T *from = x + (long long)first * p + p0;
+            for_slab<T, PoolThreads>(count * positions, positions, wide(from), [&](auto some, int i, Place place) {
+                constexpr int E = decltype(some)::value;
+                const Few<T, E> few = load<E>(from + i);
+                A *to = products + place.c * pitch + place.q, *over = to + pitch - positions;
+                const A *weight = weights + place.q, *again = weight - positions;
+#pragma unroll
+                for (int e = 0; e < E; ++e)
+                    (e < place.left ? to : over)[e] = A(widen(few.at[e])) * (e < place.left ? weight : again)[e];
+            });
+            __syncthreads();
+#pragma unroll 1
+            for (int c = warp; c < count; c += PoolThreads / 32) {
+                A sum = 0;
+                for (int q = lane; q < positions; q += 32)
+                    sum += products[c * pitch + q];
+                sum = warp_sum(sum);
+                if (lane == 0) {
+                    sums[c] = p0 ? sums[c] + sum : sum;
+                    if (p0 + positions == p)
+                        write_mean(first + c, sums[c]);
+                }
+            }
+            __syncthreads();
+        }
+    }
+}
+
+// Gradients of x, and products go * x of a tile of channels, or of a segment of one, whose memory lies together.
+template <class T, class A>
+__device__ void backward_tile(const ConsensusPoolArguments &m, const PoolPart &part, int first, int count, int p,
+                              int p0, int positions, const A *go, const A *weights, A *products, int pitch) {
+    const T *from = m.x.data ? sample_of<const T>(m.x, part) + (long long)first * p + p0 : nullptr;
+    T *gx = m.grad_x.data ? sample_of<T>(m.grad_x, part) + (long long)first * p + p0 : nullptr;
+    for_slab<T, PoolThreads>(count * positions, positions, wide(from) && wide(gx), [&](auto some, int i, Place place) {
+        constexpr int E = decltype(some)::value;
+        const A one = go[first + place.c], next = place.left < E ? go[first + place.c + 1] : one;
+        if (gx) {
+            const A *weight = weights + place.q, *again = weight - positions;
+            Few<T, E> made;
+#pragma unroll
+            for (int e = 0; e < E; ++e)
+                made.at[e] = narrow<T>(e < place.left ? one * weight[e] : next * again[e]);
+            store<E>(gx + i, made);
+        }
+        if (from) {
+            const Few<T, E> few = load<E>(from + i);
+            A *to = products + place.c * pitch + place.q, *over = to + pitch - positions;
+#pragma unroll
+            for (int e = 0; e < E; ++e)
+                (e < place.left ? to : over)[e] = A(widen(few.at[e])) * (e < place.left ? one : next);
+        }
+    });
+}
+
+template <class T, int P0>
+__device__ void backward(const ConsensusPoolArguments &m) {
+    using A = typename acc_of<T>::type;
+    M3EM_SHARED(memory);
+    const int p = P0 ? P0 : m.h * m.w, pitch = odd(m.segment), tid = threadIdx.x;
+    const PoolPart part(m);
+    A *go = reinterpret_cast<A *>(memory), *weights = go + m.chunk, *sums = weights + m.segment;
+    const int groups = PoolThreads / m.segment > 1 ? PoolThreads / m.segment : 1;
+    A *products = sums + groups * m.segment;
+    for (int c = tid; c < part.count; c += PoolThreads)
+        go[c] = read<T, A>(m.grad_out.data, part.n * m.grad_out.stride[0] + (part.c0 + c) * m.grad_out.stride[1],
+                           m.grad_out.wide) /
+                A(p);
+    A *partial = static_cast<A *>(m.partial) + (long long)blockIdx.x * p;
+    if (!m.rows) {
+        __syncthreads();
+        // A warp takes a position, its lanes take channels.
+        const int warp = tid / 32, lane = tid % 32;
+#pragma unroll 1
+        for (int q = warp; q < p; q += PoolThreads / 32) {
+            const int row = q / m.w, column = q - row * m.w;
+            const A weight = weight_at<T, A>(m, part.n, q);
+            A sum = 0;
+#pragma unroll 1
+            for (int c = lane; c < part.count; c += 32) {
+                if (m.grad_x.data)
+                    sample_of<T>(
+                        m.grad_x,
+                        part)[c * m.grad_x.stride[1] + row * m.grad_x.stride[2] + column * m.grad_x.stride[3]] =
+                        narrow<T>(go[c] * weight);
+                if (m.x.data)
+                    sum += go[c] * A(widen(sample_of<const T>(
+                                       m.x, part)[c * m.x.stride[1] + row * m.x.stride[2] + column * m.x.stride[3]]));
+            }
+            if (!m.x.data)
+                continue;
+            sum = warp_sum(sum);
+            if (lane == 0)
+                partial[q] = sum;
+        }
+        return;
+    }
+    // Where there are more threads than positions, groups of threads share the channels of a tile.
+    const int group = tid / m.segment, mine = tid - group * m.segment;
+#pragma unroll 1
+    for (int p0 = 0; p0 < p; p0 += m.segment) {
+        const int positions = p - p0 < m.segment ? p - p0 : m.segment;
+        __syncthreads();
+        for (int q = tid; q < positions; q += PoolThreads)
+            weights[q] = weight_at<T, A>(m, part.n, p0 + q);
+        for (int i = tid; i < groups * m.segment; i += PoolThreads)
+            sums[i] = 0;
+        __syncthreads();
+#pragma unroll 1
+        for (int first = 0; first < part.count; first += m.tile) {
+            const int count = part.count - first < m.tile ? part.count - first : m.tile;
+            backward_tile<T>(m, part, first, count, p, p0, positions, go, weights, products, pitch);
+            if (!m.x.data)
+                continue;
+            __syncthreads();
+            if (group < groups)
+#pragma unroll 1
+                for (int q = mine; q < positions; q += groups > 1 ? m.segment : PoolThreads) {
+                    A sum = 0;
+                    for (int c = group; c < count; c += groups)
+                        sum += products[c * pitch + q];
+                    sums[group * m.segment + q] += sum;
+                }
+            __syncthreads();
+        }
+        if (!m.x.data)
+            continue;
+        for (int q = tid; q < positions; q += PoolThreads) {
+            A sum = sums[q];
+            for (int i = 1; i < groups; ++i)
+                sum += sums[i * m.segment + q];
+            partial[p0 + q] = sum;
+        }
+    }
+}
+
+// The map's gradient: the chunks of one sample in their order.
+template <class T>
+__device__ void finish(const ConsensusPoolArguments &m) {
+    using A = typename acc_of<T>::type;
+    const int p = m.h * m.w;
+    const long long n = blockIdx.x;
+    const A *from = static_cast<const A *>(m.partial) + n * m.chunks * p;
+#pragma unroll 1
+    for (int q = threadIdx.x; q < p; q += PoolThreads) {
+        A sum = from[q];
+#pragma unroll 1
+        for (int i = 1; i < m.chunks; ++i)
+            sum += from[(long long)i * p + q];
+        write<T, A>(m.grad_cmap.data, n * p + q, m.grad_cmap.wide, sum);
+    }
+}
+
+} // namespace
+} // namespace m3em
+
+#define M3EM_CONSENSUS_POOL(dtype, T, form, P0)                                                                        \
+    M3EM_KERNEL(consensus_pool_forward_##dtype##_##form, m3em::PoolThreads, m3em::PoolBlocks,                          \
+                m3em::ConsensusPoolArguments, m3em::forward<T, P0>)                                                    \
+    M3EM_KERNEL(consensus_pool_backward_##dtype##_##form, m3em::PoolThreads, m3em::PoolBlocks,                         \
+                m3em::ConsensusPoolArguments, m3em::backward<T, P0>)
+#define M3EM_CONSENSUS_POOL_FINISH(dtype, T)                                                                           \
+    M3EM_KERNEL(consensus_pool_finish_##dtype##_any, m3em::PoolThreads, 1, m3em::ConsensusPoolArguments,               \
+                m3em::finish<T>)
+
+M3EM_CONSENSUS_POOL(f32, float, 7x7, 49)
+M3EM_CONSENSUS_POOL(f16, __half, 7x7, 49)
+M3EM_CONSENSUS_POOL(bf16, __nv_bfloat16, 7x7, 49)
+M3EM_CONSENSUS_POOL(f64, double, any, 0)
+M3EM_CONSENSUS_POOL(f32, float, any, 0)
+M3EM_CONSENSUS_POOL(f16, __half, any, 0)
+M3EM_CONSENSUS_POOL(bf16, __nv_bfloat16, any, 0)
+M3EM_CONSENSUS_POOL_FINISH(f64, double)
+M3EM_CONSENSUS_POOL_FINISH(f32, float)
+M3EM_CONSENSUS_POOL_FINISH(f16, __half)
+M3EM_CONSENSUS_POOL_FINISH(bf16, __nv_bfloat16)

@@ -1,0 +1,3 @@
+#include "simt/kernels.h"
+
+#include "cuda/channel_gate.cu"
