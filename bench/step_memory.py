@@ -26,8 +26,7 @@ CLIPS, SOURCE, FRAMES = 335, 128, 5
 SPATIAL, VECTOR, SIDE = {"RGB": 1024, "Flow": 1024}, {"Audio": 1024}, 7
 VERBS, NOUNS = 97, 300
 MEASURED = (6, 12, 18)
-# The part for the weight's gradient is made while the last one is still there.
-WORKSPACES = 2
+WORKSPACES = 1  # at a time
 
 
 def batch(clips: int, device: str = "cpu") -> dict[str, torch.Tensor]:

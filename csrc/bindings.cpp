@@ -19,6 +19,12 @@ namespace m3em {
 namespace {
 
 PyObject *dtypes = nullptr; // a dictionary: dtype of Python -> Dtype
+PyObject *types[2] = {};    // the types of ordinary tensors
+
+void set_types(const py::object &tensor, const py::object &parameter) {
+    Py_XSETREF(types[0], tensor.inc_ref().ptr());
+    Py_XSETREF(types[1], parameter.inc_ref().ptr());
+}
 
 void set_dtypes(const py::dict &numbers) { Py_XSETREF(dtypes, numbers.inc_ref().ptr()); }
 
@@ -38,6 +44,22 @@ py::object got(PyObject *object) {
     if (!object)
         throw py::error_already_set();
     return py::reinterpret_steal<py::object>(object);
+}
+
+// Whether all of them that are there are ordinary tensors on the CPU, with numbers as they stand in memory.
+bool ordinary(const py::tuple &tensors) {
+    static PyObject *const is_cpu = PyUnicode_InternFromString("is_cpu"), *const is_neg =
+                                                                              PyUnicode_InternFromString("is_neg");
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensors.ptr()); ++i) {
+        PyObject *const x = PyTuple_GET_ITEM(tensors.ptr(), i);
+        if (x == Py_None)
+            continue;
+        PyObject *const type = reinterpret_cast<PyObject *>(Py_TYPE(x));
+        if ((type != types[0] && type != types[1]) || got(PyObject_GetAttr(x, is_cpu)).ptr() != Py_True ||
+            got(PyObject_CallMethodNoArgs(x, is_neg)).ptr() != Py_False)
+            return false;
+    }
+    return true;
 }
 
 } // namespace
@@ -293,6 +315,9 @@ PYBIND11_MODULE(_C, module) {
         "build_info", &build_info,
         "What this module was built with. openmp is the date of the standard as the compiler gives it, or None.");
     module.def("dtypes", &m3em::set_dtypes, "Tells the number of every dtype, by the dtype.");
+    module.def("types", &m3em::set_types, "Tells the types of ordinary tensors.");
+    module.def("ordinary", &m3em::ordinary,
+               "Whether all tensors that are there are of these types, on the CPU, and no negative views.");
     module.def("isa", [] { return m3em::kernels().isa; }, "The instruction set of the kernels in use.");
     module.def("choose_isa", &m3em::choose_kernels, "Use the kernels of another one; False where that cannot be.");
     module.def("forked", &m3em::forked, "Whether this is a forked child, where the kernels run on one thread.");

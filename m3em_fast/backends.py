@@ -44,6 +44,7 @@ except ImportError as error:
     _MISSING = _note.read_text().strip() if _note.is_file() else f"m3em_fast._C could not be imported ({error})."
 else:
     _MISSING = ""
+    native.types(Tensor, Parameter)
 
 __all__ = ["BACKENDS", "BackendError", "available", "backend", "choose", "current", "explain", "refusal"]
 
@@ -171,7 +172,7 @@ def misplaced(name: str, op: str, kind: str, index: int | None) -> str | None:
     return simulated.refusal(op, simulated.device) if name == "simt" and simulated is not None else None
 
 
-def _examine(name: str, op: str, tensors: Sequence[Tensor | None]) -> tuple[str | None, bool]:
+def _examine(name: str, op: str, tensors: tuple[Tensor | None, ...]) -> tuple[str | None, bool]:
     """Why a backend with kernels cannot serve a call here (None: it can), and whether it is reached through the
     registered op."""
     registered = False
@@ -210,10 +211,10 @@ def refusal(name: str, op: str, tensors: Sequence[Tensor | None]) -> str | None:
     """Why a backend cannot serve a call of an op on these tensors; None where it can."""
     if name == "reference":
         return None
-    return missing(name, op, KERNELS.get(op, (name,))) or _examine(name, op, tensors)[0]
+    return missing(name, op, KERNELS.get(op, (name,))) or _examine(name, op, tuple(tensors))[0]
 
 
-def choose(op: str, kernels: Collection[str], tensors: Sequence[Tensor | None]) -> tuple[str, bool]:
+def choose(op: str, kernels: Collection[str], tensors: tuple[Tensor | None, ...]) -> tuple[str, bool]:
     """The backend for a call of an op that has kernels in some backends, and whether the registered op leads there.
 
     Raises:

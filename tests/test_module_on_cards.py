@@ -178,11 +178,10 @@ def test_no_gated_tensor_and_no_copy_of_the_features(small_workspace, dtype, bes
     with Memory() as backward:
         gradients = torch.autograd.grad(out, leaves, grads_for(out))
     big = Counter(backward.at_least(half))
-    # A part of the gated operand's gradient, and a part of the operand once more for the weight.
-    wanted = Counter({workspace: len(SPATIAL) * (1 + PARTS)})
+    # The gated operand's gradient, then the operand once more for the weight, in parts.
+    wanted = Counter({workspace: len(SPATIAL) * 2})
     if frozen:
-        # The next part is made while the last one is still there.
-        assert backward.peak <= 2 * workspace + latent
+        assert backward.peak <= workspace + latent
     else:
         # By each of the three ops that read a map.
         wanted[x] += 3 * len(SPATIAL)

@@ -67,19 +67,21 @@ static inline A dot_row(const A *x, const A *y, int64_t count) {
 template <class T, class A>
 static inline void dot_rows(const T *rows, const A *y, int64_t p, typename vec_of<A>::type &to) {
     using vec = typename vec_of<A>::type;
-    vec sum[V]{}, tail{};
-    int64_t q = 0;
-    for (; q + V <= p; q += V) {
-        const vec one = *reinterpret_cast<const vec *>(y + q);
-        for (int i = 0; i < V; ++i) {
+    vec sum[V], tail{};
+    // Row after row, as they lie in memory: eight streams at once are more than the hardware fetches ahead for.
+    for (int i = 0; i < V; ++i) {
+        const T *row = rows + i * p;
+        vec part{};
+        int64_t q = 0;
+        for (; q + V <= p; q += V) {
             vec x;
-            widen_eight(rows + i * p + q, x);
-            sum[i] += x * one;
+            widen_eight(row + q, x);
+            part += x * *reinterpret_cast<const vec *>(y + q);
         }
+        for (; q < p; ++q)
+            tail[i] += widen(row[q]) * y[q];
+        sum[i] = part;
     }
-    for (; q < p; ++q)
-        for (int i = 0; i < V; ++i)
-            tail[i] += widen(rows[i * p + q]) * y[q];
 #if defined(__AVX2__)
     if constexpr (sizeof(A) == 4) {
         __m256 four[2];

@@ -120,16 +120,19 @@ def _backward_weight(grad: Tensor, x: Tensor, gates: Sequence[Tensor], weight: T
     Parts are added in the accumulation type and rounded once.
     """
     n, _, h, w = x.shape
-    last = is_channels_last(grad)
-    total: Tensor | None = None
+    last, channels = is_channels_last(grad), weight.shape[1]
+    workspace = total = None
     for part in _parts(n, _size(x, weight)):
         given = grad[part]
+        count = len(given) * h * w
+        if workspace is None:
+            workspace = given.new_empty(count * channels)
         if last:
-            operand = given.new_empty(len(given) * h * w, weight.shape[1])
-            gated = operand.view(len(given), h, w, -1).permute(0, 3, 1, 2)
+            operand = workspace[: count * channels].view(count, channels)
+            gated = operand.view(len(given), h, w, channels).permute(0, 3, 1, 2)
         else:
-            operand = given.new_empty(weight.shape[1], len(given) * h * w)
-            gated = operand.view(-1, len(given), h, w).transpose(0, 1)
+            operand = workspace[: count * channels].view(channels, count)
+            gated = operand.view(channels, len(given), h, w).transpose(0, 1)
         cuda_forward(x[part], [gate[part] for gate in gates], gated)
         product = grad.new_empty(weight.shape)
         if last:
