@@ -62,6 +62,35 @@ bool ordinary(const py::tuple &tensors) {
     return true;
 }
 
+// Whether all of a list or tuple are ordinary tensors (N,C) beside x (N,C,H,W), which is on the CPU: of its dtype,
+// dense.
+bool gates_fit(const py::object &gates, const py::object &x) {
+    static PyObject *const is_cpu = PyUnicode_InternFromString("is_cpu"),
+                           *const dtype = PyUnicode_InternFromString("dtype"),
+                           *const shape = PyUnicode_InternFromString("shape"),
+                           *const layout = PyUnicode_InternFromString("layout");
+    if ((!PyTuple_CheckExact(gates.ptr()) && !PyList_CheckExact(gates.ptr())) ||
+        got(PyObject_GetAttr(x.ptr(), is_cpu)).ptr() != Py_True)
+        return false;
+    const py::object sizes = got(PyObject_GetAttr(x.ptr(), shape)), wanted = got(PyTuple_GetSlice(sizes.ptr(), 0, 2));
+    const py::object type = got(PyObject_GetAttr(x.ptr(), dtype)), dense = got(PyObject_GetAttr(x.ptr(), layout));
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(gates.ptr());
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        PyObject *const gate = PySequence_Fast_GET_ITEM(gates.ptr(), i);
+        if (reinterpret_cast<PyObject *>(Py_TYPE(gate)) != types[0] ||
+            got(PyObject_GetAttr(gate, dtype)).ptr() != type.ptr() ||
+            got(PyObject_GetAttr(gate, is_cpu)).ptr() != Py_True ||
+            got(PyObject_GetAttr(gate, layout)).ptr() != dense.ptr())
+            return false;
+        const int same = PyObject_RichCompareBool(got(PyObject_GetAttr(gate, shape)).ptr(), wanted.ptr(), Py_EQ);
+        if (same < 0)
+            throw py::error_already_set();
+        if (!same)
+            return false;
+    }
+    return count > 0;
+}
+
 } // namespace
 
 Tensor tensor(const py::object &from) {
@@ -318,6 +347,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("types", &m3em::set_types, "Tells the types of ordinary tensors.");
     module.def("ordinary", &m3em::ordinary,
                "Whether all tensors that are there are of these types, on the CPU, and no negative views.");
+    module.def("gates_fit", &m3em::gates_fit,
+               "Whether gates are ordinary tensors (N,C) beside an x (N,C,H,W) on the CPU.");
     module.def("isa", [] { return m3em::kernels().isa; }, "The instruction set of the kernels in use.");
     module.def("choose_isa", &m3em::choose_kernels, "Use the kernels of another one; False where that cannot be.");
     module.def("forked", &m3em::forked, "Whether this is a forked child, where the kernels run on one thread.");

@@ -74,6 +74,7 @@ class BackendError(RuntimeError):
 _default = os.environ.get("M3EM_BACKEND") or "auto"
 # What auto tries, in this order.
 _FOR_CPU, _FOR_CUDA = ("cpu", "reference"), ("cuda", "reference")
+_QUICK = ("auto", "cpu")
 _peek_transform = torch._C._functorch.peek_interpreter_stack
 _count_modes = torch._C._len_torch_dispatch_stack
 
@@ -231,6 +232,16 @@ def choose(op: str, kernels: Collection[str], tensors: tuple[Tensor | None, ...]
         if refused is not None:
             raise BackendError(refused)
         return backend, True
+    if (
+        (_chosen.get() or _default) in _QUICK
+        and native is not None
+        and "cpu" in kernels
+        and _peek_transform() is None
+        and not _count_modes()
+        and forward_ad._current_level < 0
+        and native.ordinary(tensors)
+    ):
+        return "cpu", False  # nearly every call on a CPU; what follows finds out why not
     wanted = current()
     names: tuple[str, ...]
     if wanted == "auto":

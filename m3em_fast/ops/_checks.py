@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from m3em_fast.backends import native
+
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -60,17 +62,16 @@ def tensor_beside(op: str, name: str, value: Any, ndim: int, shape: str, x: Tens
 
 def gates(op: str, value: Any, x: Tensor) -> tuple[Tensor, ...]:
     """A sequence of at least one gate (N,C) for x (N,C,H,W), as a tuple."""
+    if native is not None and not torch.compiler.is_compiling() and native.gates_fit(value, x):
+        return tuple(value)  # nearly every call; the questions below find out why not
     plain = type(value) is tuple or type(value) is list
     if not plain and (isinstance(value, Tensor) or not isinstance(value, Sequence)):
         raise TypeError(f"{op}: gates must be a sequence of tensors (N,C), got {type(value).__name__}")
     if not value:
         raise ValueError(f"{op}: gates must hold at least one tensor (N,C), got none")
     n, c, _, _ = x.shape
-    wanted, dtype, on_cpu = (n, c), x.dtype, x.is_cpu
+    wanted = (n, c)
     for i, gate in enumerate(value):
-        plain = type(gate) is Tensor and gate.dtype is dtype and on_cpu and gate.is_cpu and gate.shape == wanted
-        if plain and gate.layout is torch.strided:
-            continue  # nearly every gate
         name = f"gates[{i}]"
         tensor(op, name, gate, 2, "(N,C)")
         if gate.shape != wanted:
