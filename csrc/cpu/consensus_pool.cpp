@@ -21,11 +21,11 @@ void forward(const ConsensusPool &o) {
     using vec = typename vec_of<A>::type;
     const int64_t p = o.h * o.w;
     const Layout layout = layout_of(o.x, o.c, o.h, o.w);
-    const int64_t bytes = int64_t(sizeof(A)) * (p + 2 * V * p) + 4 * 64;
+    const int64_t bytes = int64_t(sizeof(A)) * (p + V * p + o.c) + 4 * 64;
     for_each(o.n, o.threads, bytes, [&](Scratch &scratch, int64_t n) {
         A *weight = scratch.take<A>(p);
         A *room = scratch.take<A>(V * p);
-        A *tile = scratch.take<A>(V * p);
+        A *sums = scratch.take<A>(o.c);
         weights(o, n, weight);
         const T *x = sample_of<const T>(o.x, n);
         if (layout != Layout::channels_last) {
@@ -45,15 +45,13 @@ void forward(const ConsensusPool &o) {
             }
             return;
         }
-        for (int64_t c0 = 0; c0 < o.c; c0 += V) {
-            const int count = int(o.c - c0 < V ? o.c - c0 : V);
-            load_tile<T, A>(x, o.x, layout, c0, count, o.c, o.h, o.w, room, tile);
-            vec sum{};
-            for (int64_t q = 0; q < p; ++q)
-                sum += reinterpret_cast<const vec *>(tile)[q] * weight[q];
-            for (int i = 0; i < count; ++i)
-                put_matrix(o.out, n, c0 + i, sum[i] / A(p));
-        }
+        for (int64_t c = 0; c < o.c; ++c)
+            sums[c] = 0;
+        for (int64_t q = 0; q < p; ++q)
+            add_row(x + q * o.c, weight[q], sums, o.c);
+        for (int64_t c = 0; c < o.c; ++c)
+            sums[c] /= A(p);
+        store_matrix(o.out, n, 0, o.c, sums);
     });
 }
 
@@ -63,7 +61,7 @@ void backward(const ConsensusPool &o) {
     using vec = typename vec_of<A>::type;
     const int64_t p = o.h * o.w;
     const Layout layout = layout_of(o.x, o.c, o.h, o.w), gx_layout = layout_of(o.grad_x, o.c, o.h, o.w);
-    const int64_t bytes = int64_t(sizeof(A)) * (p + V * p + 3 * V * p + o.c) + 6 * 64;
+    const int64_t bytes = int64_t(sizeof(A)) * (p + V * p + 3 * V * p + 2 * o.c) + 7 * 64;
     for_each(o.n, o.threads, bytes, [&](Scratch &scratch, int64_t n) {
         A *weight = scratch.take<A>(p);
         A *lanes = scratch.take<A>(V * p);
@@ -71,6 +69,7 @@ void backward(const ConsensusPool &o) {
         A *tile = scratch.take<A>(V * p);
         A *made = scratch.take<A>(V * p);
         A *go = scratch.take<A>(o.c);
+        A *line = scratch.take<A>(o.c);
         weights(o, n, weight);
         load_matrix(o.grad_out, n, 0, o.c, go);
         for (int64_t c = 0; c < o.c; ++c)
@@ -94,6 +93,17 @@ void backward(const ConsensusPool &o) {
                 if constexpr (sizeof(T) != sizeof(A))
                     narrow_row(made, to + c0 * p, count * p);
             }
+        } else if (o.grad_x.data && gx_layout == Layout::channels_last) {
+            T *to = sample_of<T>(o.grad_x, n);
+            for (int64_t q = 0; q < p; ++q) {
+                A *row = line;
+                if constexpr (sizeof(T) == sizeof(A))
+                    row = reinterpret_cast<A *>(to + q * o.c);
+                for (int64_t c = 0; c < o.c; ++c)
+                    row[c] = go[c] * weight[q];
+                if constexpr (sizeof(T) != sizeof(A))
+                    narrow_row(line, to + q * o.c, o.c);
+            }
         } else if (o.grad_x.data) {
             for (int64_t c0 = 0; c0 < o.c; c0 += V) {
                 const int count = int(o.c - c0 < V ? o.c - c0 : V);
@@ -107,21 +117,16 @@ void backward(const ConsensusPool &o) {
         }
         if (!o.grad_cmap.data)
             return;
-        // Per position the sum over channels of go*x: in lanes of a tile where channels lie together, else per row.
+        if (layout == Layout::channels_last) {
+            for (int64_t q = 0; q < p; ++q)
+                put(o.grad_cmap, n * p + q, dot_any(sample_of<const T>(o.x, n) + q * o.c, go, o.c));
+            return;
+        }
         for (int64_t i = 0; i < V * p; ++i)
             lanes[i] = 0;
         for (int64_t c0 = 0; c0 < o.c; c0 += V) {
             const int count = int(o.c - c0 < V ? o.c - c0 : V);
             const T *x = sample_of<const T>(o.x, n);
-            if (layout == Layout::channels_last) {
-                load_tile<T, A>(x, o.x, layout, c0, count, o.c, o.h, o.w, rows, tile);
-                vec g{};
-                for (int i = 0; i < count; ++i)
-                    g[i] = go[c0 + i];
-                for (int64_t q = 0; q < p; ++q)
-                    reinterpret_cast<vec *>(lanes)[q] += reinterpret_cast<const vec *>(tile)[q] * g;
-                continue;
-            }
             // Row i adds to its own partial sums, so that a sum over many channels is one of eight short ones.
             if (layout == Layout::rows) {
                 for (int i = 0; i < count; ++i)
@@ -132,11 +137,10 @@ void backward(const ConsensusPool &o) {
             for (int i = 0; i < count; ++i)
                 add_row(from + i * p, go[c0 + i], lanes + i * p, p);
         }
-        const bool tiled = layout == Layout::channels_last;
         for (int64_t q = 0; q < p; ++q) {
             A part[V];
             for (int i = 0; i < V; ++i)
-                part[i] = tiled ? lanes[q * V + i] : lanes[i * p + q];
+                part[i] = lanes[i * p + q];
             const A sum = ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
             put(o.grad_cmap, n * p + q, sum);
         }

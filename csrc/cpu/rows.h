@@ -63,24 +63,40 @@ static inline A dot_row(const A *x, const A *y, int64_t count) {
     return total(sum) + tail;
 }
 
+// The eight partial sums of dot_row, and the rest, of a row in any dtype.
+template <class T, class A>
+static inline void dot_parts(const T *row, const A *y, int64_t count, typename vec_of<A>::type &part, A &tail) {
+    using vec = typename vec_of<A>::type;
+    vec sum{};
+    int64_t q = 0;
+    for (; q + V <= count; q += V) {
+        vec x;
+        widen_eight(row + q, x);
+        sum += x * *reinterpret_cast<const vec *>(y + q);
+    }
+    part = sum;
+    tail = 0;
+    for (; q < count; ++q)
+        tail += widen(row[q]) * y[q];
+}
+template <class T, class A>
+static inline A dot_any(const T *row, const A *y, int64_t count) {
+    typename vec_of<A>::type part;
+    A tail;
+    dot_parts(row, y, count, part, tail);
+    return total(part) + tail;
+}
+
 // dot_row of eight rows, `p` numbers each and one after another, with one row `y`: bitwise the same.
 template <class T, class A>
 static inline void dot_rows(const T *rows, const A *y, int64_t p, typename vec_of<A>::type &to) {
     using vec = typename vec_of<A>::type;
-    vec sum[V], tail{};
+    vec sum[V], tail;
     // Row after row, as they lie in memory: eight streams at once are more than the hardware fetches ahead for.
     for (int i = 0; i < V; ++i) {
-        const T *row = rows + i * p;
-        vec part{};
-        int64_t q = 0;
-        for (; q + V <= p; q += V) {
-            vec x;
-            widen_eight(row + q, x);
-            part += x * *reinterpret_cast<const vec *>(y + q);
-        }
-        for (; q < p; ++q)
-            tail[i] += widen(row[q]) * y[q];
-        sum[i] = part;
+        A rest;
+        dot_parts(rows + i * p, y, p, sum[i], rest);
+        tail[i] = rest;
     }
 #if defined(__AVX2__)
     if constexpr (sizeof(A) == 4) {
