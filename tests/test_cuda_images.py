@@ -119,7 +119,7 @@ def test_what_the_build_has_packed():
     with zipfile.ZipFile(cuda.ARCHIVE) as packed:
         names = packed.namelist()
         missing = json.loads(packed.read("index.json"))["missing"]
-    on_cards = [op for op, kernels in backends.KERNELS.items() if "cuda" in kernels]
+    on_cards = {cuda.IMAGES.get(op, op) for op, kernels in backends.KERNELS.items() if "cuda" in kernels}
     assert {f"source/cuda/{op}.cu" for op in on_cards} <= set(names)
     for op in on_cards:
         for capability in (70, 75, 80, 86, 90, 100, 120):
@@ -298,7 +298,7 @@ def test_the_simulated_backend_is_for_tests_alone(monkeypatch):
         torch.ops.m3em_fast._consensus_map(*tensors(), 2, False, 1e-8, torch.float32, "simt")
     simt_cases.simulated()
     with m3em_fast.backend("auto"):
-        assert backends.choose("consensus_map", backends.KERNELS["consensus_map"], tensors())[0] == "cpu"
+        assert backends.choose("consensus_map", backends.KERNELS["consensus_map"], tuple(tensors()))[0] == "cpu"
         assert "simt" not in m3em_fast.explain("consensus_map", *tensors())
     assert "simt" not in (*backends.available(), *backends.available("cuda"), *env.report()["backends"])
 
@@ -333,7 +333,7 @@ def test_a_fake_tensor_of_a_card_is_traced_for_the_card(with_driver):
         "cpu: it takes CPU tensors, not tensors on cuda:0",
         "reference: slower",
     ]
-    assert backends.choose("consensus_map", backends.KERNELS["consensus_map"], inputs) == ("cuda", True)
+    assert backends.choose("consensus_map", backends.KERNELS["consensus_map"], tuple(inputs)) == ("cuda", True)
     with mode:
         out = ops.consensus_map(*inputs)
     assert (out.device, out.shape) == (torch.device("cuda:0"), (2, 1, 4, 4))
@@ -342,7 +342,7 @@ def test_a_fake_tensor_of_a_card_is_traced_for_the_card(with_driver):
 
 def test_without_a_card_its_fake_tensors_are_the_references(without_driver):
     mode, inputs = fakes()
-    assert backends.choose("consensus_map", backends.KERNELS["consensus_map"], inputs) == ("reference", False)
+    assert backends.choose("consensus_map", backends.KERNELS["consensus_map"], tuple(inputs)) == ("reference", False)
     with mode:
         assert ops.consensus_map(*inputs).device == torch.device("cuda:0")
 
