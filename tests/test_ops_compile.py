@@ -84,7 +84,12 @@ def test_one_graph_of_single_ops_for_any_number_of_clips(kernels, call, layout):
             assert_same([out], [wanted])
             assert not any(now and not before for now, before in zip(kept, kept_by_eager, strict=True))
             grad = random_grad(out)
-            assert_same(gradients(out, leaves, grad), gradients(wanted, leaves, grad))
+            found, wanted = gradients(out, leaves, grad), gradients(wanted, leaves, grad)
+            if (kernels, call.op) == ("simt", "gated_projection"):
+                # Torch's matrix product is in it, whose bits depend on where its operands lie.
+                torch.testing.assert_close(found, wanted)
+            else:
+                assert_same(found, wanted)
         names = ops_of(call)
         assert [name for name, _ in nodes(*graphs.forward)] == names
         assert [name for name, _ in nodes(*graphs.backward)] == [f"{name}_backward" for name in names]
