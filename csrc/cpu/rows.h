@@ -43,9 +43,10 @@ static inline void widen_eight(const bf16 *from, vec_f32 &to) {
 }
 #endif
 
-// The sum of eight partial sums, in the order in which hardware adds neighbours.
-template <class vec>
-static inline auto total(const vec &sum) {
+// The sum of eight partial sums, in the order in which hardware adds neighbours. Not of a vector as an argument of a
+// template, which would lose the alignment that its type has.
+template <class A>
+static inline A total(const A *sum) {
     return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
 }
 
@@ -60,7 +61,7 @@ static inline A dot_row(const A *x, const A *y, int64_t count) {
     A tail = 0;
     for (; i < count; ++i)
         tail += x[i] * y[i];
-    return total(sum) + tail;
+    return total(reinterpret_cast<const A *>(&sum)) + tail;
 }
 
 // The eight partial sums of dot_row, and the rest, of a row in any dtype.
@@ -84,7 +85,7 @@ static inline A dot_any(const T *row, const A *y, int64_t count) {
     typename vec_of<A>::type part;
     A tail;
     dot_parts(row, y, count, part, tail);
-    return total(part) + tail;
+    return total(reinterpret_cast<const A *>(&part)) + tail;
 }
 
 // dot_row of eight rows, `p` numbers each and one after another, with one row `y`: bitwise the same.
@@ -111,7 +112,7 @@ static inline void dot_rows(const T *rows, const A *y, int64_t p, typename vec_o
     }
 #endif
     for (int i = 0; i < V; ++i)
-        to[i] = total(sum[i]);
+        to[i] = total(reinterpret_cast<const A *>(&sum[i]));
     to += tail;
 }
 
