@@ -4,7 +4,6 @@
 #include <string>
 #include <vector>
 
-using m3em::address;
 using m3em::Shape;
 using m3em::tensor;
 using m3em::tensors;
@@ -27,18 +26,6 @@ void set_types(const py::object &tensor, const py::object &parameter) {
 }
 
 void set_dtypes(const py::dict &numbers) { Py_XSETREF(dtypes, numbers.inc_ref().ptr()); }
-
-// With Python's own functions and names that are made once: the casts of pybind11 would be a tenth of a tiny call.
-Tensor of_parts(PyObject *address, PyObject *number, PyObject *strides) {
-    Tensor t;
-    t.data = PyLong_AsVoidPtr(address);
-    t.dtype = static_cast<Dtype>(PyLong_AsLong(number));
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(strides) && i < 4; ++i)
-        t.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
-    if (PyErr_Occurred())
-        throw py::error_already_set();
-    return t;
-}
 
 py::object got(PyObject *object) {
     if (!object)
@@ -93,15 +80,11 @@ bool gates_fit(const py::object &gates, const py::object &x) {
 
 } // namespace
 
+// With Python's own functions and names that are made once: the casts of pybind11 would take longer than all of this.
 Tensor tensor(const py::object &from) {
     if (from.is_none())
         return {};
     PyObject *const x = from.ptr();
-    if (PyTuple_Check(x)) {
-        if (PyTuple_GET_SIZE(x) != 3 || !PyTuple_Check(PyTuple_GET_ITEM(x, 2)))
-            throw py::type_error("a tensor is given as itself or as (address, dtype, strides)");
-        return of_parts(PyTuple_GET_ITEM(x, 0), PyTuple_GET_ITEM(x, 1), PyTuple_GET_ITEM(x, 2));
-    }
     static PyObject *const data_ptr = PyUnicode_InternFromString("data_ptr"),
                            *const stride = PyUnicode_InternFromString("stride"),
                            *const dtype = PyUnicode_InternFromString("dtype");
@@ -111,7 +94,14 @@ Tensor tensor(const py::object &from) {
     PyObject *const number = dtypes ? PyDict_GetItemWithError(dtypes, type.ptr()) : nullptr;
     if (!number || !PyTuple_Check(strides.ptr()))
         throw py::type_error("a tensor of a floating-point dtype is wanted");
-    return of_parts(address.ptr(), number, strides.ptr());
+    Tensor t;
+    t.data = PyLong_AsVoidPtr(address.ptr());
+    t.dtype = static_cast<Dtype>(PyLong_AsLong(number));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(strides.ptr()) && i < 4; ++i)
+        t.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), i));
+    if (PyErr_Occurred())
+        throw py::error_already_set();
+    return t;
 }
 
 std::vector<Tensor> tensors(const py::sequence &from) {
@@ -200,10 +190,7 @@ void advise(const m3em::Tensor &t, int64_t numbers) {
 }
 
 m3em::ChannelGate channel_gate(const py::object &x, const Shape &shape, int num_gates, int threads) {
-    m3em::ChannelGate o;
-    o.x = tensor(x);
-    o.n = shape[0], o.c = shape[1], o.h = shape[2], o.w = shape[3];
-    o.num_gates = num_gates;
+    m3em::ChannelGate o = m3em::channel_gate_of(x, shape, num_gates);
     o.threads = m3em::usable_threads(threads, o.n * o.c * o.h * o.w);
     return o;
 }
@@ -234,14 +221,7 @@ void channel_gate_backward(const py::object &x, const py::sequence &gates, const
 
 m3em::ConsensusMap consensus_map(const py::object &a, const py::object &b, uintptr_t stats, const Shape &shape,
                                  int num_scales, bool center, double eps, int threads) {
-    m3em::ConsensusMap m;
-    m.a = tensor(a);
-    m.b = tensor(b);
-    m.stats = address(stats);
-    m.n = shape[0], m.d = shape[1], m.h = shape[2], m.w = shape[3];
-    m.num_scales = num_scales;
-    m.center = center;
-    m.eps = eps;
+    m3em::ConsensusMap m = m3em::consensus_map_of(a, b, stats, shape, num_scales, center, eps);
     m.threads = m3em::usable_threads(threads, m.n * m.d * m.h * m.w);
     return m;
 }
@@ -268,10 +248,7 @@ void consensus_map_backward(const py::object &a, const py::object &b, const py::
 }
 
 m3em::ConsensusPool consensus_pool(const py::object &x, const py::object &cmap, const Shape &shape, int threads) {
-    m3em::ConsensusPool o;
-    o.x = tensor(x);
-    o.cmap = tensor(cmap);
-    o.n = shape[0], o.c = shape[1], o.h = shape[2], o.w = shape[3];
+    m3em::ConsensusPool o = m3em::consensus_pool_of(x, cmap, shape);
     o.threads = m3em::usable_threads(threads, o.n * o.c * o.h * o.w);
     return o;
 }

@@ -19,11 +19,41 @@ struct Shape {
 };
 
 // A tensor, one that is not wanted or not there as None. Nothing of torch is needed to read it: anything does that has
-// data_ptr(), stride() and a dtype that Python has told of (`dtypes`). A tuple (address, dtype, strides) does as well.
+// data_ptr(), stride() and a dtype that Python has told of (`dtypes`).
 Tensor tensor(const py::object &from);
 std::vector<Tensor> tensors(const py::sequence &from);
 
 inline void *address(uintptr_t at) { return reinterpret_cast<void *>(at); }
+
+// What both passes of an op are given, on the CPU and on a card.
+inline ChannelGate channel_gate_of(const py::object &x, const Shape &shape, int num_gates) {
+    ChannelGate o;
+    o.x = tensor(x);
+    o.n = shape[0], o.c = shape[1], o.h = shape[2], o.w = shape[3];
+    o.num_gates = num_gates;
+    return o;
+}
+
+inline ConsensusMap consensus_map_of(const py::object &a, const py::object &b, uintptr_t stats, const Shape &shape,
+                                     int num_scales, bool center, double eps) {
+    ConsensusMap m;
+    m.a = tensor(a);
+    m.b = tensor(b);
+    m.stats = address(stats);
+    m.n = shape[0], m.d = shape[1], m.h = shape[2], m.w = shape[3];
+    m.num_scales = num_scales;
+    m.center = center;
+    m.eps = eps;
+    return m;
+}
+
+inline ConsensusPool consensus_pool_of(const py::object &x, const py::object &cmap, const Shape &shape) {
+    ConsensusPool o;
+    o.x = tensor(x);
+    o.cmap = tensor(cmap);
+    o.n = shape[0], o.c = shape[1], o.h = shape[2], o.w = shape[3];
+    return o;
+}
 
 void bind_cuda(py::module_ &module); // cuda/bindings.cpp
 

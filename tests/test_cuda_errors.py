@@ -146,11 +146,11 @@ def test_an_error_of_the_second_launch_is_its_own(fresh):
 
 
 def test_too_many_samples_for_a_grid(fresh):
-    """Of one number, repeated: there is no such memory. The sentence comes before any launch."""
+    """There is no such memory. The sentence comes before any launch."""
     driver, cards = fresh
     cards.refusal("consensus_map", 0)
     module = cards.modules["consensus_map", 0]
-    a = (torch.ones(1).data_ptr(), 1, (0, 0, 0, 0))
+    a = torch.ones(1, 1, 1, 1)
     for n, d, said in ((2**31, 1, r"counts at most 2\^31 - 1 samples"), (2**30, 512, "a grid of 4294967296 blocks")):
         with pytest.raises(native.DriverError, match=said):
             native.cuda_consensus_map_forward(module, 0, a, a, a, 0, 0, (n, d, 1, 1), 1, False, 1e-8)

@@ -70,8 +70,8 @@ def test_the_op_tests_are_clean(tree):
 SEEDED = {
     "AddressSanitizer: heap-buffer-overflow": (
         "csrc/cpu/channel_gate.cpp",
-        "load_matrix(o.gates[g], n, 0, o.c, gates",
-        "load_matrix(o.gates[g], n, 0, o.c + 1, gates",
+        "load_matrix(o.gates[g], n, o.c, gates",
+        "load_matrix(o.gates[g], n, o.c + 1, gates",
     ),
     "runtime error: left shift": (
         "csrc/cpu/consensus_pool.cpp",

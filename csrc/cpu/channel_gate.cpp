@@ -23,7 +23,7 @@ void forward(const ChannelGate &o) {
         A *in = scratch.take<A>(B * p);
         A *made = scratch.take<A>(B * p);
         for (int g = 0; g < o.num_gates; ++g)
-            load_matrix(o.gates[g], n, 0, o.c, gates + g * o.c);
+            load_matrix(o.gates[g], n, o.c, gates + g * o.c);
         const T *x = sample_of<const T>(o.x, n);
         T *out = sample_of<T>(o.out, n);
         if (out_layout == Layout::channels_last) {
@@ -91,7 +91,7 @@ void backward(const ChannelGate &o) {
         A *tile_gx = scratch.take<A>(V * p);
         for (int g = 0; g < o.num_gates; ++g)
             if (o.gates[g].data)
-                load_matrix(o.gates[g], n, 0, o.c, gates + g * o.c);
+                load_matrix(o.gates[g], n, o.c, gates + g * o.c);
             else // only the gradient of x would need it
                 std::memset(gates + g * o.c, 0, o.c * sizeof(A));
         const bool by_rows = layout == Layout::rows && go_layout == Layout::rows;

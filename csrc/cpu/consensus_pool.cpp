@@ -71,7 +71,7 @@ void backward(const ConsensusPool &o) {
         A *go = scratch.take<A>(o.c);
         A *line = scratch.take<A>(o.c);
         weights(o, n, weight);
-        load_matrix(o.grad_out, n, 0, o.c, go);
+        load_matrix(o.grad_out, n, o.c, go);
         for (int64_t c = 0; c < o.c; ++c)
             go[c] /= A(p);
         if (o.grad_x.data && gx_layout == Layout::rows) {
@@ -119,7 +119,7 @@ void backward(const ConsensusPool &o) {
             return;
         if (layout == Layout::channels_last) {
             for (int64_t q = 0; q < p; ++q)
-                put(o.grad_cmap, n * p + q, dot_any(sample_of<const T>(o.x, n) + q * o.c, go, o.c));
+                put(o.grad_cmap, n * p + q, dot_row(sample_of<const T>(o.x, n) + q * o.c, go, o.c));
             return;
         }
         for (int64_t i = 0; i < V * p; ++i)
@@ -141,8 +141,7 @@ void backward(const ConsensusPool &o) {
             A part[V];
             for (int i = 0; i < V; ++i)
                 part[i] = lanes[i * p + q];
-            const A sum = ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
-            put(o.grad_cmap, n * p + q, sum);
+            put(o.grad_cmap, n * p + q, total(part));
         }
     });
 }

@@ -50,21 +50,7 @@ static inline A total(const A *sum) {
     return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
 }
 
-// Sum of x*y over a row, eight partial sums in a fixed order.
-template <class A>
-static inline A dot_row(const A *x, const A *y, int64_t count) {
-    using vec = typename vec_of<A>::type;
-    vec sum{};
-    int64_t i = 0;
-    for (; i + V <= count; i += V)
-        sum += *reinterpret_cast<const vec *>(x + i) * *reinterpret_cast<const vec *>(y + i);
-    A tail = 0;
-    for (; i < count; ++i)
-        tail += x[i] * y[i];
-    return total(reinterpret_cast<const A *>(&sum)) + tail;
-}
-
-// The eight partial sums of dot_row, and the rest, of a row in any dtype.
+// Of the sum of row*y, a row in any dtype: eight partial sums in a fixed order, and the rest.
 template <class T, class A>
 static inline void dot_parts(const T *row, const A *y, int64_t count, typename vec_of<A>::type &part, A &tail) {
     using vec = typename vec_of<A>::type;
@@ -81,7 +67,7 @@ static inline void dot_parts(const T *row, const A *y, int64_t count, typename v
         tail += widen(row[q]) * y[q];
 }
 template <class T, class A>
-static inline A dot_any(const T *row, const A *y, int64_t count) {
+static inline A dot_row(const T *row, const A *y, int64_t count) {
     typename vec_of<A>::type part;
     A tail;
     dot_parts(row, y, count, part, tail);
@@ -130,12 +116,12 @@ static inline void add_row(const T *row, A factor, A *sums, int64_t p) {
         sums[q] += widen(row[q]) * factor;
 }
 
-// Numbers c0 .. c0+count of row n of a matrix (N,C), and the other way.
+// The first `count` numbers of row n of a matrix (N,C), and the other way, from c0 on.
 template <class A>
-static inline void load_matrix(const Tensor &t, int64_t n, int64_t c0, int64_t count, A *to) {
+static inline void load_matrix(const Tensor &t, int64_t n, int64_t count, A *to) {
     with_type(t.dtype, [&](auto type) {
         using T = decltype(type);
-        const T *from = static_cast<const T *>(t.data) + n * t.stride[0] + c0 * t.stride[1];
+        const T *from = static_cast<const T *>(t.data) + n * t.stride[0];
         if constexpr (sizeof(typename acc_of<T>::type) == sizeof(A)) {
             if (t.stride[1] == 1)
                 return widen_row(from, to, count);

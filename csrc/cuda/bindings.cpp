@@ -6,23 +6,10 @@
 namespace m3em {
 namespace {
 
-ConsensusMap consensus_map(const py::object &a, const py::object &b, uintptr_t stats, const Shape &shape,
-                           int num_scales, bool center, double eps) {
-    ConsensusMap m;
-    m.a = tensor(a);
-    m.b = tensor(b);
-    m.stats = address(stats);
-    m.n = shape[0], m.d = shape[1], m.h = shape[2], m.w = shape[3];
-    m.num_scales = num_scales;
-    m.center = center;
-    m.eps = eps;
-    return m;
-}
-
 void consensus_map_forward(Module &module, uintptr_t stream, const py::object &a, const py::object &b,
                            const py::object &out, uintptr_t stats, uintptr_t partial, const Shape &shape,
                            int num_scales, bool center, double eps) {
-    ConsensusMap m = consensus_map(a, b, stats, shape, num_scales, center, eps);
+    ConsensusMap m = consensus_map_of(a, b, stats, shape, num_scales, center, eps);
     m.out = tensor(out);
     py::gil_scoped_release released;
     cuda::consensus_map_forward(module, address(stream), m, address(partial));
@@ -31,7 +18,7 @@ void consensus_map_forward(Module &module, uintptr_t stream, const py::object &a
 void consensus_map_backward(Module &module, uintptr_t stream, const py::object &a, const py::object &b,
                             const py::object &grad_out, const py::object &grad_a, const py::object &grad_b,
                             uintptr_t stats, const Shape &shape, int num_scales, bool center, double eps) {
-    ConsensusMap m = consensus_map(a, b, stats, shape, num_scales, center, eps);
+    ConsensusMap m = consensus_map_of(a, b, stats, shape, num_scales, center, eps);
     m.grad_out = tensor(grad_out);
     m.grad_a = tensor(grad_a);
     m.grad_b = tensor(grad_b);
@@ -48,19 +35,11 @@ py::tuple consensus_map_needs(int dtype, int64_t d, int64_t h, int64_t w, int nu
     return py::make_tuple(needs.workspace, needs.stats, needs.shared);
 }
 
-ChannelGate channel_gate(const py::object &x, const std::vector<Tensor> &gates, const Shape &shape) {
-    ChannelGate o;
-    o.x = tensor(x);
-    o.gates = gates.data();
-    o.num_gates = int(gates.size());
-    o.n = shape[0], o.c = shape[1], o.h = shape[2], o.w = shape[3];
-    return o;
-}
-
 void channel_gate_forward(Module &module, uintptr_t stream, const py::object &x, const py::sequence &gates,
                           const py::object &out, const Shape &shape) {
     const std::vector<Tensor> all = tensors(gates);
-    ChannelGate o = channel_gate(x, all, shape);
+    ChannelGate o = channel_gate_of(x, shape, int(all.size()));
+    o.gates = all.data();
     o.out = tensor(out);
     py::gil_scoped_release released;
     cuda::channel_gate_forward(module, address(stream), o);
@@ -70,7 +49,8 @@ void channel_gate_backward(Module &module, uintptr_t stream, const py::object &x
                            const py::object &grad_out, const py::object &grad_x, const py::sequence &grad_gates,
                            const Shape &shape) {
     const std::vector<Tensor> all = tensors(gates), grads = tensors(grad_gates);
-    ChannelGate o = channel_gate(x, all, shape);
+    ChannelGate o = channel_gate_of(x, shape, int(all.size()));
+    o.gates = all.data();
     o.grad_out = tensor(grad_out);
     o.grad_x = tensor(grad_x);
     o.grad_gates = grads.data();
@@ -78,17 +58,9 @@ void channel_gate_backward(Module &module, uintptr_t stream, const py::object &x
     cuda::channel_gate_backward(module, address(stream), o);
 }
 
-ConsensusPool consensus_pool(const py::object &x, const py::object &cmap, const Shape &shape) {
-    ConsensusPool o;
-    o.x = tensor(x);
-    o.cmap = tensor(cmap);
-    o.n = shape[0], o.c = shape[1], o.h = shape[2], o.w = shape[3];
-    return o;
-}
-
 void consensus_pool_forward(Module &module, uintptr_t stream, const py::object &x, const py::object &cmap,
                             const py::object &out, const Shape &shape) {
-    ConsensusPool o = consensus_pool(x, cmap, shape);
+    ConsensusPool o = consensus_pool_of(x, cmap, shape);
     o.out = tensor(out);
     py::gil_scoped_release released;
     cuda::consensus_pool_forward(module, address(stream), o);
@@ -97,7 +69,7 @@ void consensus_pool_forward(Module &module, uintptr_t stream, const py::object &
 void consensus_pool_backward(Module &module, uintptr_t stream, const py::object &x, const py::object &cmap,
                              const py::object &grad_out, const py::object &grad_x, const py::object &grad_cmap,
                              uintptr_t workspace, const Shape &shape) {
-    ConsensusPool o = consensus_pool(x, cmap, shape);
+    ConsensusPool o = consensus_pool_of(x, cmap, shape);
     o.grad_out = tensor(grad_out);
     o.grad_x = tensor(grad_x);
     o.grad_cmap = tensor(grad_cmap);

@@ -11,18 +11,9 @@
 namespace m3em {
 namespace {
 
-// What a block works on: channels c0 .. c0+count of one sample.
-struct GatePart {
-    long long n;
-    int c0, count;
-    __device__ explicit GatePart(const ChannelGateArguments &m)
-        : n(blockIdx.x / m.chunks), c0(int(blockIdx.x % m.chunks) * m.chunk),
-          count(c0 + m.chunk < m.c ? m.chunk : m.c - c0) {}
-};
-
 // The gates of the block's channels, [gate][channel]; 0 for one that is not needed.
 template <class T, class A>
-__device__ void load_gates(const ChannelGateArguments &m, const GatePart &part, A *gates) {
+__device__ void load_gates(const ChannelGateArguments &m, const Part &part, A *gates) {
     for (int i = threadIdx.x; i < m.num_gates * part.count; i += GateThreads) {
         const int g = i / part.count, c = part.c0 + i - g * part.count;
         const Gate &gate = m.gates[g];
@@ -31,18 +22,13 @@ __device__ void load_gates(const ChannelGateArguments &m, const GatePart &part, 
     __syncthreads();
 }
 
-template <class T>
-__device__ inline T *sample_of(const Map &map, long long n, long long c) {
-    return static_cast<T *>(map.data) + n * map.stride[0] + c * map.stride[1];
-}
-
 template <class T, int P0>
 __device__ void forward(const ChannelGateArguments &m) {
     using A = typename acc_of<T>::type;
     M3EM_SHARED(memory);
     A *gates = reinterpret_cast<A *>(memory);
     const int p = P0 ? P0 : m.h * m.w;
-    const GatePart part(m);
+    const Part part(m.chunk, m.chunks, m.c);
     load_gates<T>(m, part, gates);
     const T *x = sample_of<const T>(m.x, part.n, part.c0);
     if (m.rows) {
@@ -74,13 +60,14 @@ __device__ void forward(const ChannelGateArguments &m) {
                              column * m.out.stride[3];
 #pragma unroll 1
         for (int g = 0; g < m.num_gates; ++g)
-            write<T, A>(m.out.data, to + g * m.c * m.out.stride[1], m.wide, from * gates[g * part.count + c]);
+            write<T, A>(m.out.data, to + (long long)g * m.c * m.out.stride[1], m.wide,
+                        from * gates[g * part.count + c]);
     }
 }
 
 // A tile of channels, or a segment of one, whose memory lies together: the gradient of x, and products for the gates'.
 template <class T, class A>
-__device__ void backward_tile(const ChannelGateArguments &m, const GatePart &part, int first, int count, int p, int p0,
+__device__ void backward_tile(const ChannelGateArguments &m, const Part &part, int first, int count, int p, int p0,
                               int positions, const A *gates, A *products, int pitch) {
     const long long copy = (long long)m.c * p;
     const T *x = m.x.data ? sample_of<const T>(m.x, part.n, part.c0 + first) + p0 : nullptr;
@@ -132,7 +119,7 @@ __device__ void backward(const ChannelGateArguments &m) {
     M3EM_SHARED(memory);
     A *gates = reinterpret_cast<A *>(memory);
     const int p = P0 ? P0 : m.h * m.w;
-    const GatePart part(m);
+    const Part part(m.chunk, m.chunks, m.c);
     load_gates<T>(m, part, gates);
     A *sums = gates + m.num_gates * m.chunk, *products = sums + m.num_gates * m.chunk;
     if (m.rows) {

@@ -3,6 +3,8 @@
 
 #include "cuda/channel_gate.cuh"
 
+#include <climits>
+
 namespace m3em {
 namespace {
 
@@ -13,7 +15,8 @@ struct ChannelGatePlan {
     ChannelGatePlan(ChannelGateArguments &m, int number, bool half_or_float) {
         const long long positions = (long long)m.h * m.w;
         // Channels whose slab is a few packs for every thread, and whole packs in any type.
-        m.chunk = 8;
+        // A slab's numbers are counted in 32 bits.
+        m.chunk = positions < INT_MAX / 8 ? 8 : 1;
         while (m.chunk < 256 && m.chunk * positions < 8192)
             m.chunk *= 2;
         if (m.chunk > m.c)

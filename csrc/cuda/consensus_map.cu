@@ -17,20 +17,11 @@
 namespace m3em {
 namespace {
 
-// What a block works on: channels c0 .. c1 of one sample.
-struct Part {
-    long long n;
-    int c0, c1;
-    __device__ explicit Part(const ConsensusMapArguments &m)
-        : n(blockIdx.x / m.chunks), c0(int(blockIdx.x % m.chunks) * m.chunk),
-          c1(c0 + m.chunk < m.d ? c0 + m.chunk : m.d) {}
-};
-
 // Channels c0 .. c0+count of a sample to rows of `pitch` numbers in shared memory, less `means` if there are any.
 template <class T, class A>
 __device__ void load_tile(const Map &map, long long n, int c0, int count, int h, int w, int pitch, const A *means,
                           A *tile) {
-    const T *sample = static_cast<const T *>(map.data) + n * map.stride[0] + c0 * map.stride[1];
+    const T *sample = sample_of<const T>(map, n, c0);
     const int p = h * w, all = count * p, tid = threadIdx.x;
     if (map.stride[3] == 1 && (h == 1 || map.stride[2] == w) && (count == 1 || map.stride[1] == p)) {
         // One stretch of memory, 16 bytes at a time where it begins on such a boundary.
@@ -113,9 +104,9 @@ __device__ void partial(const ConsensusMapArguments &m) {
     const Room<A> room(g, m.tile, memory);
     const bool center = m.center;
     const int per_cell = SumsOf(center), tid = threadIdx.x;
-    const Part part(m);
+    const Part part(m.chunk, m.chunks, m.d);
     const long long n = part.n;
-    const int c0 = part.c0, c1 = part.c1;
+    const int c0 = part.c0, c1 = c0 + part.count;
     // Where there are more threads than cells, groups of threads share the channels of a tile.
     const int groups = MapThreads / g.cells > 1 ? MapThreads / g.cells : 1;
     const int group = tid / g.cells, stride = groups > 1 ? g.cells : MapThreads;
@@ -292,7 +283,7 @@ __device__ void make_factors(const G &g, const ConsensusMapArguments &m, long lo
 // Rows of shared memory to channels c0 .. c0+count of a gradient.
 template <class T, class A>
 __device__ void store_tile(const Map &map, long long n, int c0, int count, int h, int w, int pitch, const A *tile) {
-    T *sample = static_cast<T *>(map.data) + n * map.stride[0] + c0 * map.stride[1];
+    T *sample = sample_of<T>(map, n, c0);
     const int p = h * w, all = count * p;
     if (map.stride[1] == 1 && count > 1) {
 #pragma unroll 1
@@ -316,9 +307,9 @@ __device__ void backward(const ConsensusMapArguments &m) {
     const Room<A> room(g, m.tile, memory);
     A *factors = room.rest, *grad = factors + 3 * g.cells;
     const int tid = threadIdx.x, pitch = g.pitch(), pooled_pitch = g.pooled_pitch();
-    const Part part(m);
+    const Part part(m.chunk, m.chunks, m.d);
     const long long n = part.n;
-    const int c0 = part.c0, c1 = part.c1;
+    const int c0 = part.c0, c1 = c0 + part.count;
     const A *stats = static_cast<const A *>(m.stats) + n * (3 * g.cells + (m.center ? 2 * g.positions : 0));
     const A *means = m.center ? stats + 3 * g.cells : nullptr;
     make_factors<A, T>(g, m, n, stats, grad, factors);

@@ -11,20 +11,6 @@
 namespace m3em {
 namespace {
 
-// What a block works on: channels c0 .. c0+count of one sample.
-struct PoolPart {
-    long long n;
-    int c0, count;
-    __device__ explicit PoolPart(const ConsensusPoolArguments &m)
-        : n(blockIdx.x / m.chunks), c0(int(blockIdx.x % m.chunks) * m.chunk),
-          count(c0 + m.chunk < m.c ? m.chunk : m.c - c0) {}
-};
-
-template <class T>
-__device__ inline T *sample_of(const Map &map, const PoolPart &part) {
-    return static_cast<T *>(map.data) + part.n * map.stride[0] + part.c0 * map.stride[1];
-}
-
 // 1 + cmap at a position.
 template <class T, class A>
 __device__ inline A weight_at(const ConsensusPoolArguments &m, long long n, int q) {
@@ -40,8 +26,8 @@ __device__ void forward(const ConsensusPoolArguments &m) {
     using A = typename acc_of<T>::type;
     M3EM_SHARED(memory);
     const int p = P0 ? P0 : m.h * m.w, pitch = odd(m.segment), tid = threadIdx.x;
-    const PoolPart part(m);
-    const T *x = sample_of<const T>(m.x, part);
+    const Part part(m.chunk, m.chunks, m.c);
+    const T *x = sample_of<const T>(m.x, part.n, part.c0);
     const auto write_mean = [&](int c, A sum) {
         write<T, A>(m.out.data, part.n * m.out.stride[0] + (part.c0 + c) * m.out.stride[1], m.out.wide, sum / A(p));
     };
@@ -102,10 +88,10 @@ __device__ void forward(const ConsensusPoolArguments &m) {
 
 // Gradients of x, and products go * x of a tile of channels, or of a segment of one, whose memory lies together.
 template <class T, class A>
-__device__ void backward_tile(const ConsensusPoolArguments &m, const PoolPart &part, int first, int count, int p,
-                              int p0, int positions, const A *go, const A *weights, A *products, int pitch) {
-    const T *from = m.x.data ? sample_of<const T>(m.x, part) + (long long)first * p + p0 : nullptr;
-    T *gx = m.grad_x.data ? sample_of<T>(m.grad_x, part) + (long long)first * p + p0 : nullptr;
+__device__ void backward_tile(const ConsensusPoolArguments &m, const Part &part, int first, int count, int p, int p0,
+                              int positions, const A *go, const A *weights, A *products, int pitch) {
+    const T *from = m.x.data ? sample_of<const T>(m.x, part.n, part.c0) + (long long)first * p + p0 : nullptr;
+    T *gx = m.grad_x.data ? sample_of<T>(m.grad_x, part.n, part.c0) + (long long)first * p + p0 : nullptr;
     for_slab<T, PoolThreads>(count * positions, positions, wide(from) && wide(gx), [&](auto some, int i, Place place) {
         constexpr int E = decltype(some)::value;
         const A one = go[first + place.c], next = place.left < E ? go[first + place.c + 1] : one;
@@ -132,7 +118,7 @@ __device__ void backward(const ConsensusPoolArguments &m) {
     using A = typename acc_of<T>::type;
     M3EM_SHARED(memory);
     const int p = P0 ? P0 : m.h * m.w, pitch = odd(m.segment), tid = threadIdx.x;
-    const PoolPart part(m);
+    const Part part(m.chunk, m.chunks, m.c);
     A *go = reinterpret_cast<A *>(memory), *weights = go + m.chunk, *sums = weights + m.segment;
     const int groups = PoolThreads / m.segment > 1 ? PoolThreads / m.segment : 1;
     A *products = sums + groups * m.segment;
@@ -149,19 +135,18 @@ __device__ void backward(const ConsensusPoolArguments &m) {
         for (int q = warp; q < p; q += PoolThreads / 32) {
             const int row = q / m.w, column = q - row * m.w;
             const A weight = weight_at<T, A>(m, part.n, q);
+            const long long *in = m.x.stride, *to = m.grad_x.stride;
+            const T *x = m.x.data ? sample_of<const T>(m.x, part.n, part.c0) + row * in[2] + column * in[3] : nullptr;
+            T *gx = m.grad_x.data ? sample_of<T>(m.grad_x, part.n, part.c0) + row * to[2] + column * to[3] : nullptr;
             A sum = 0;
 #pragma unroll 1
             for (int c = lane; c < part.count; c += 32) {
-                if (m.grad_x.data)
-                    sample_of<T>(
-                        m.grad_x,
-                        part)[c * m.grad_x.stride[1] + row * m.grad_x.stride[2] + column * m.grad_x.stride[3]] =
-                        narrow<T>(go[c] * weight);
-                if (m.x.data)
-                    sum += go[c] * A(widen(sample_of<const T>(
-                                       m.x, part)[c * m.x.stride[1] + row * m.x.stride[2] + column * m.x.stride[3]]));
+                if (gx)
+                    gx[c * to[1]] = narrow<T>(go[c] * weight);
+                if (x)
+                    sum += go[c] * A(widen(x[c * in[1]]));
             }
-            if (!m.x.data)
+            if (!x)
                 continue;
             sum = warp_sum(sum);
             if (lane == 0)

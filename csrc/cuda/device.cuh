@@ -53,6 +53,20 @@ __device__ inline double root(double x) { return sqrt(x); }
 __device__ inline bool finite(float x) { return fabsf(x) <= 3.402823466e38f; }
 __device__ inline bool finite(double x) { return fabs(x) <= 1.7976931348623157e308; }
 
+// What a block works on where the channels of a sample are split into chunks: channels c0 .. c0+count of one sample.
+struct Part {
+    long long n;
+    int c0, count;
+    __device__ Part(int chunk, int chunks, int channels)
+        : n(blockIdx.x / chunks), c0(int(blockIdx.x % chunks) * chunk),
+          count(c0 + chunk < channels ? chunk : channels - c0) {}
+};
+
+template <class T>
+__device__ inline T *sample_of(const Map &map, long long n, long long c) {
+    return static_cast<T *>(map.data) + n * map.stride[0] + c * map.stride[1];
+}
+
 // 16 bytes, the widest access.
 template <class T>
 struct __align__(16) Pack {
