@@ -98,7 +98,7 @@ def child(options, errors, place, count, numbers):
     """What train.py's process does, with signals that come at a certain call, and its standard error in a file."""
     os.dup2(os.open(errors, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
     torch.set_num_threads(1)
-    train.parse = lambda _: options
+    train.parse = lambda *_: options
     if place == "write":
         tear(count)
     elif place in ("file size", "event size"):
