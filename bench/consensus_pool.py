@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bench import eager
-from bench.case import Case, Draw, Layout, Problem, Size, cases_of, sizes_of, traffic
+from bench.case import Case, Draw, Layout, Problem, Size, Traffic, cases_of, sizes_of, traffic
 from m3em_fast import ops
 
 OP = "consensus_pool"
@@ -29,7 +29,11 @@ def setup(
         inputs["cmap"] = draw.beside(beside)(size.n, 1, size.h, size.w, scale=0.5, offset=1.0)
         reads = {"x": ("cmap",), "cmap": ("x",)}
     result = beside or dtype
-    moved = traffic(sizes_of(inputs), size.n * size.c * result.itemsize, needs, reads)
+    sizes, pooled = sizes_of(inputs), size.n * size.c * result.itemsize
+    moved = traffic(sizes, pooled, needs, reads)
+    if not with_map and needs:
+        # The gradient of a plain mean is one number a channel; torch's is expanded from it as well.
+        moved = Traffic(moved.forward, pooled + size.n * size.c * dtype.itemsize)
     return Problem(inputs, needs, moved, ops.consensus_pool, eager.consensus_pool, result_dtype=result)
 
 

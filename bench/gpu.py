@@ -28,7 +28,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
@@ -225,6 +225,13 @@ def benchmark(limit: float, results: Path, where: dict[str, Any]) -> str:
     return outcome
 
 
+class Parser(argparse.ArgumentParser):
+    """That of m3em_fast._cli: the package cannot be imported before it is known what this machine lacks."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}.\n")
+
+
 def run(options: argparse.Namespace) -> int:
     start = time.monotonic()
     outcomes: dict[str, str] = {}
@@ -250,7 +257,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m bench.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     options = parser.parse_args(arguments)
     try:

@@ -12,7 +12,6 @@ Needs torch, numpy and triton (for torch.compile) alone.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from bench.core import CopyBandwidth, Row, Settings, first_line, measure, modes_
 from bench.device import clock
 from bench.providers import Provider, select
 from bench.records import conditions, write_json
+from m3em_fast import _cli
 
 DTYPES = ("float32", "float16", "bfloat16")
 MAPS, SAMPLES = ((7, 7), (14, 14), (7, 8)), (1675, 160)
@@ -159,7 +159,7 @@ def run(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_measure", description=__doc__.splitlines()[0])
+    parser = _cli.Parser(prog="python -m bench.gpu_measure", description=__doc__.splitlines()[0])
     parser.add_argument("dtype", choices=DTYPES)
     parser.add_argument("--json", type=Path, required=True, help="where the records go")
     parser.add_argument("--seconds", type=float, default=60.0)

@@ -28,7 +28,8 @@ def moved(size: Size, itemsize: int, beside: int, features_need: bool) -> Traffi
     latent, cmap = size.n * size.d * positions * beside, size.n * positions * beside
     x = ("x",) if features_need else ()
     gated = {"x": maps, "gate0": gates, "gate1": gates}
-    one = traffic({"x": maps}, pooled, x, {"x": ()})
+    # The gradient of the plain mean is one number a channel.
+    one = Traffic(maps + pooled, 2 * pooled if features_need else 0)
     projected = {**gated, "weight": 2 * size.c * size.d * beside}
     one += gated_projection.moved(projected, latent, size, (*x, "gate0", "gate1", "weight"))
     one += gated_consensus_pool.moved({**gated, "cmap": cmap}, (*x, "gate0", "gate1", "cmap"))

@@ -12,13 +12,13 @@ allocator rounds up.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 import torch
 
 import m3em_fast
+from m3em_fast import _cli
 from m3em_fast.ops import _gated_projection_cuda
 from m3em_fast.uda import ActionModel, total_loss
 
@@ -92,7 +92,7 @@ def extended(clips: Sequence[int], peaks: Sequence[int], to: int) -> tuple[float
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.step_memory", description=__doc__.splitlines()[0])
+    parser = _cli.Parser(prog="python -m bench.step_memory", description=__doc__.splitlines()[0])
     parser.parse_args(arguments)
     with m3em_fast.backend("auto"):
         peak, off = extended(MEASURED, [step_peak(clips) for clips in MEASURED], CLIPS)

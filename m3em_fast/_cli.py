@@ -6,19 +6,27 @@ what it prints is therefore read here, and a form that is not known is passed on
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from m3em_fast.data._extra import needs
 
-__all__ = ["cli"]
+__all__ = ["Parser", "cli"]
 
 _KINDS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None"}
+
+
+class Parser(argparse.ArgumentParser):
+    """For the commands that have to run where tyro may be missing: what is refused is said in one sentence as well."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}.\n")
 
 
 def cli(target: Any, arguments: Sequence[str] | None = None, *, prog: str, **options: Any) -> Any:

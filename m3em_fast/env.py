@@ -6,7 +6,6 @@ needed most.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
 import json
@@ -19,6 +18,8 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from m3em_fast import _cli
 
 PACKAGE = Path(__file__).resolve().parent
 INSTRUCTION_SETS = ("sse2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_fp16", "avx512_bf16", "asimd")
@@ -243,7 +244,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m m3em_fast.env", description="Print what a bug report needs.")
+    parser = _cli.Parser(prog="python -m m3em_fast.env", description="Print what a bug report needs.")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     as_json = parser.parse_args().json
     found = report()

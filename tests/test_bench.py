@@ -21,7 +21,8 @@ BY_HAND = {
     ("consensus_map", "3 scales"): (2 * LATENT + MAP, MAP + 2 * LATENT + 2 * LATENT),
     ("consensus_pool", "with cmap"): (X + MAP + GATE, GATE + X + MAP + X + MAP),
     ("consensus_pool", "with cmap, x frozen"): (X + MAP + GATE, GATE + X + MAP),
-    ("consensus_pool", "without cmap"): (X + GATE, GATE + X),
+    # One number a channel, which stands at every position.
+    ("consensus_pool", "without cmap"): (X + GATE, GATE + GATE),
     ("consensus_pool", "without cmap, x frozen"): (X + GATE, 0),
     ("gated_projection", "2 gates"): (
         X + 2 * GATE + WEIGHT + LATENT,

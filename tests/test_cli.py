@@ -208,3 +208,14 @@ def test_without_the_extra_a_program_says_what_to_install(program, start):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1] == f'{program}: rich missing: pip install "m3em_fast[train]".'
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("program", ["m3em_fast.env", "bench.gpu", "bench.gpu_measure", "bench.step_memory"])
+def test_commands_without_tyro_say_one_sentence_as_well(program):
+    """They have to run where the extras are missing."""
+    done = subprocess.run(
+        [sys.executable, "-m", program, "--xyzzy"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    required = " the following arguments are required: dtype, --json" if program == "bench.gpu_measure" else None
+    assert done.stderr == f"python -m {program}:{required or ' unrecognized arguments: --xyzzy'}.\n"

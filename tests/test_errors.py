@@ -20,7 +20,7 @@ from train_cases import MODALITIES, make_options, mutated, write_data, write_sto
 
 ROOT = Path(__file__).resolve().parent.parent
 SAYING = ["train.py", "m3em_fast/data/_manifest.py", "m3em_fast/data/store.py", "m3em_fast/data/digits/prepare.py"]
-SAYING += [f"m3em_fast/uda/{name}.py" for name in ("checkpoint", "run", "splits")]
+SAYING += [f"m3em_fast/uda/{name}.py" for name in ("checkpoint", "options", "run", "splits")]
 HELPING = [*SAYING, "m3em_fast/_cli.py", "m3em_fast/uda/losses.py", "m3em_fast/backends.py"]
 
 
@@ -86,7 +86,7 @@ def data(tmp_path_factory):
 
 def main(monkeypatch, capsys, options):
     """Exit code, and what a user reads."""
-    monkeypatch.setattr(train, "parse", lambda _: options)
+    monkeypatch.setattr(train, "parse", lambda *_: options)
     code = train.main()
     said = capsys.readouterr().err
     assert said.startswith("train.py: ") and said.count("\n") == 1, said

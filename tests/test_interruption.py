@@ -236,7 +236,7 @@ def until(condition):
 
 
 def test_ctrl_c_before_the_first_step_has_a_line_too(monkeypatch, capsys):
-    def interrupted(_):
+    def interrupted(*_):
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
         raise KeyboardInterrupt
 
@@ -311,7 +311,7 @@ def test_a_folder_in_use_is_refused_until_its_process_is_gone(data, tmp_path, wh
     until((options.run / "checkpoint.pt").exists)
     for resume in (False, True):
         before = files(options.run)
-        monkeypatch.setattr(train, "parse", lambda _, resume=resume: small(data, options.run, resume=resume))
+        monkeypatch.setattr(train, "parse", lambda *_, resume=resume: small(data, options.run, resume=resume))
         assert train.main() == 2
         assert capsys.readouterr().err == (
             f"train.py: --run {options.run} is in use: another process is training there.\n"

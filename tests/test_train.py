@@ -151,8 +151,8 @@ def test_gradients_are_clipped(data, tmp_path):
 
 
 def test_the_presets_are_what_the_command_line_gives():
-    digits, epic = train.resolve(train.parse([])), train.resolve(train.parse(["--preset", "epic"]))
-    assert (epic.batch_source, epic.batch_target, epic.epochs, epic.lr_steps) == (128, 207, 30, (10, 20))
+    digits, epic = (train.resolve(train.parse(x)) for x in ([], ["--preset", "epic", "--protocol", "test"]))
+    assert (epic.batch_source, epic.batch_target, epic.epochs, epic.lr_steps) == (128, 207, 30, (9, 19))
     assert (epic.latent, epic.reduction, epic.fc_dim, epic.relation_dim) == (512, 16, 512, 256)
     assert (epic.init, epic.lr, digits.init, digits.lr, digits.latent) == ("ta3n", 0.003, "torch", 0.03, 16)
     assert train.resolve(train.parse(["--method", "ta3n"])).lr == 0.01
@@ -341,7 +341,7 @@ def test_a_run_is_resumed_on_its_own_data_or_not_at_all(data, tmp_path, monkeypa
     old, clips = FeatureStore(folder / split), len(FeatureStore(folder / split))
     shutil.rmtree(folder / split)
     write_store(folder / split, clips, 99, labelled=split != "target_train")
-    monkeypatch.setattr(train, "parse", lambda _: replace(options, resume=True))
+    monkeypatch.setattr(train, "parse", lambda *_: replace(options, resume=True))
     capsys.readouterr()
     assert train.main() == 2
     new = FeatureStore(folder / split).fingerprint

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,3 +56,8 @@ def gradient_of(x: Tensor | Form | None, needed: bool) -> Tensor | None:
     if x.channels_last if isinstance(x, Form) else x.dim() == 4 and is_channels_last(x):
         return torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
     return torch.empty(x.shape, dtype=x.dtype)
+
+
+def gradients_of(tensors: Sequence[Any], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Memory for the gradients of an op's tensors, None where none is needed."""
+    return [gradient_of(t, need) for t, need in zip(tensors, needs, strict=True)]

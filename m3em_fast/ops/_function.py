@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from m3em_fast import backends
-from m3em_fast.ops._cpu import Form
+from m3em_fast.ops._cpu import Form, gradients_of
 from m3em_fast.ops._library import Registered
 
 # A tuple of tensors in the order of the op's signature, None for an optional one that is not given. Typed as Any, for
@@ -51,6 +51,8 @@ class Op:
         kernels: backend -> kernels.
         schema: arguments and results of the registered op ``m3em_fast::_<name>``: tensors (one list of them at most),
             then the options, then ``str backend``; a tensor, or a tuple of the result and what a forward saves.
+        gradients: (tensors, needs) -> the gradients as the backward of any kernels makes them, without values; None
+            where they are not needed. For fake tensors, like ``Kernels.form``.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Op:
     reads: Callable[[Sequence[bool]], Sequence[bool]]
     kernels: Mapping[str, Kernels]
     schema: str
+    gradients: Callable[[Tensors, Sequence[bool]], Sequence[Tensor | None]] = gradients_of
     registered: Registered = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from m3em_fast import backends
 from m3em_fast.ops._checks import FLOATS
-from m3em_fast.ops._cpu import Form, gradient_of
+from m3em_fast.ops._cpu import Form
 
 if TYPE_CHECKING:
     from m3em_fast.ops._function import Kernels, Op
@@ -142,7 +142,7 @@ class Registered:
     def _fake_backward(self, grad: Tensor, *arguments: Any) -> list[Tensor]:
         tensors, _, _, needs, _ = self._backward_arguments(arguments)
         with torch.device(grad.device):
-            grads = [gradient_of(t, need) for t, need in zip(tensors, needs, strict=True)]
+            grads = self.op.gradients(tensors, needs)
         return [g for g in grads if g is not None]
 
     def _no_formula(self, ctx: Any, *grads: Any) -> None:

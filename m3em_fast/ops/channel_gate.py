@@ -9,7 +9,7 @@ from torch import Tensor
 from m3em_fast import reference
 from m3em_fast.backends import native
 from m3em_fast.ops import _checks, _cuda
-from m3em_fast.ops._cpu import Form, empty_beside, gradient_of
+from m3em_fast.ops._cpu import Form, empty_beside, gradients_of
 from m3em_fast.ops._function import Kernels, Op, Tensors
 
 MOST = 0 if native is None else native.cuda_channel_gate_most()
@@ -52,7 +52,7 @@ def _cpu_backward(
     options: tuple, grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: Sequence[bool]
 ) -> Sequence[Tensor | None]:
     x, *gates = tensors
-    grads = [gradient_of(t, need) for t, need in zip(tensors, needs, strict=True)]
+    grads = gradients_of(tensors, needs)
     native.channel_gate_backward(x, gates, grad, grads[0], grads[1:], x.shape, torch.get_num_threads())
     return grads
 

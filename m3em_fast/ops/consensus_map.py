@@ -11,7 +11,7 @@ from torch import Tensor
 from m3em_fast import reference
 from m3em_fast.backends import constant, native
 from m3em_fast.ops import _checks, _cuda
-from m3em_fast.ops._cpu import DTYPES, gradient_of
+from m3em_fast.ops._cpu import DTYPES, gradients_of
 from m3em_fast.ops._function import Kernels, Op, Tensors
 
 _OP = "consensus_map"
@@ -105,7 +105,7 @@ def _cpu_backward(
 ) -> Sequence[Tensor | None]:
     a, b = tensors
     scales, center, eps, _ = options
-    grads = [gradient_of(t, need) for t, need in zip(tensors, needs, strict=True)]
+    grads = gradients_of(tensors, needs)
     stats = saved[0].data_ptr()
     native.consensus_map_backward(a, b, grad, *grads, stats, a.shape, scales, center, eps, torch.get_num_threads())
     return grads

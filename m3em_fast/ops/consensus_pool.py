@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from m3em_fast import reference
 from m3em_fast.backends import native
 from m3em_fast.ops import _checks, _cuda
-from m3em_fast.ops._cpu import DTYPES, gradient_of
+from m3em_fast.ops._cpu import DTYPES, gradient_of, gradients_of
 from m3em_fast.ops._function import Kernels, Op, Tensors
 
 
@@ -43,6 +44,20 @@ def _reference(options: tuple, tensors: Tensors) -> Tensor:
     return reference.pool(*tensors).to(options[0])
 
 
+def _spread(grad: Tensor, x: Any) -> Tensor:
+    """The gradient of the plain mean: one number a channel. Expanded, for memory of x's size would only repeat it."""
+    n, c, h, w = x.shape
+    each = grad.to(reference.accumulation_dtype(x.dtype)) / (h * w)
+    return each.to(x.dtype)[:, :, None, None].expand(n, c, h, w)
+
+
+def _gradients(tensors: Tensors, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+    x, cmap = tensors
+    if cmap is None and needs[0]:
+        return _spread(torch.empty(x.shape[:2], dtype=x.dtype), x), None
+    return gradients_of(tensors, needs)
+
+
 def _cpu_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor, Sequence[Tensor]]:
     x, cmap = tensors
     n, c, _, _ = x.shape
@@ -56,6 +71,8 @@ def _cpu_backward(
     options: tuple, grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: Sequence[bool]
 ) -> Sequence[Tensor | None]:
     x, cmap = tensors
+    if cmap is None:
+        return _spread(grad, x), None
     grad_x = gradient_of(x, needs[0])
     grad_cmap = torch.empty(cmap.shape, dtype=cmap.dtype) if needs[1] else None
     native.consensus_pool_backward(x, cmap, grad, grad_x, grad_cmap, x.shape, torch.get_num_threads())
@@ -79,6 +96,8 @@ def _cuda_backward(
     options: tuple, grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: Sequence[bool]
 ) -> Sequence[Tensor | None]:
     x, cmap = tensors
+    if cmap is None:
+        return _spread(grad, x), None
     module, stream = _cuda.loaded("consensus_pool", grad)
     grad_x, grad_cmap, workspace = _cuda.gradient_of(x, needs[0], grad.device), None, 0
     if needs[1]:
@@ -99,4 +118,4 @@ def _cuda_form(options: tuple, tensors: Tensors) -> tuple[Tensor, Sequence[Tenso
 _SCHEMA = "(Tensor x, Tensor? cmap, ScalarType dtype, str backend) -> Tensor"
 _CUDA = Kernels(_cuda_forward, _cuda_backward, _cuda_form)
 _KERNELS = {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form), "cuda": _CUDA, "simt": _CUDA}
-_op = Op("consensus_pool", _reference, lambda needs: (needs[1], needs[0]), _KERNELS, _SCHEMA)
+_op = Op("consensus_pool", _reference, lambda needs: (needs[1], needs[0]), _KERNELS, _SCHEMA, _gradients)

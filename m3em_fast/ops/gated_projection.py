@@ -9,7 +9,7 @@ from torch import Tensor
 from m3em_fast import reference
 from m3em_fast.backends import native
 from m3em_fast.ops import _checks, _gated_projection_cuda
-from m3em_fast.ops._cpu import empty_beside, gradient_of
+from m3em_fast.ops._cpu import empty_beside, gradients_of
 from m3em_fast.ops._function import Kernels, Op, Tensors
 from m3em_fast.ops.channel_gate import too_many
 
@@ -88,7 +88,7 @@ def _cpu_backward(
     options: tuple, grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: Sequence[bool]
 ) -> Sequence[Tensor | None]:
     x, *gates, weight, _ = tensors
-    grads = [gradient_of(t, need) for t, need in zip(tensors, needs, strict=True)]
+    grads = gradients_of(tensors, needs)
     grad_x, *grad_gates, grad_weight, grad_bias = grads
     native.gated_projection_backward(
         x,
