@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -209,15 +210,38 @@ def admit(provider: Provider, problem: Problem, grads: list[Tensor], exact: gate
     return entrant
 
 
+MOST_COPIES = 32
+
+
+def in_turn(problem: Problem, between: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """The inputs, and those of them by which gradients are wanted, without an end: copies take turns, so many that
+    ``between`` bytes of others are read before the same ones again. What the whole batch shares is in all of them."""
+    own = [t.numel() * t.element_size() for name, t in problem.inputs.items() if name not in problem.shared]
+    copies = min(MOST_COPIES, 1 + -(-between // max(1, sum(own)))) if between else 1
+    sets = [problem.inputs]
+    for _ in range(1, copies):
+        made = {n: t if n in problem.shared else t.detach().clone() for n, t in problem.inputs.items()}
+        for name in problem.needs:
+            made[name].requires_grad_()
+        sets.append(made)
+    return itertools.cycle([(list(inputs.values()), [inputs[name] for name in problem.needs]) for inputs in sets])
+
+
 def full_step(
-    entrant: Entrant, problem: Problem, grads: list[Tensor], device: Device | None = None
+    entrant: Entrant,
+    problem: Problem,
+    grads: list[Tensor],
+    device: Device | None = None,
+    turns: Iterator[tuple[list[Tensor], list[Tensor]]] | None = None,
 ) -> Callable[[], dict[str, float]]:
-    """One forward and one backward with the clock read between: both, and their sum, are of the same call."""
-    inputs, wanted = list(problem.inputs.values()), problem.wanted
-    backward = bool(wanted) and entrant.backward_error is None
+    """One forward and one backward with the clock read between: both, and their sum, are of the same call. ``turns``
+    is one for all who are timed in the same rounds: nobody finds what the one before has just read."""
     where = device or device_of("cpu")
+    turns = turns or in_turn(problem, 0)
+    backward = bool(problem.needs) and entrant.backward_error is None
 
     def step() -> dict[str, float]:
+        inputs, wanted = next(turns)
         with entrant.provider.chosen():
             where.prepare()
             start = where.mark()
@@ -273,14 +297,14 @@ def twin_steps(
     """What the same backends do with the twin of a case, to be timed in the same rounds."""
     problem = twin.made(device.name)
     exact, grads = gate.exact_results(problem)
-    steps = {}
+    steps, turns = {}, in_turn(problem, device.cold)
     for entrant in entrants:
         if entrant.provider.backend is None or entrant.forward_error is not None:
             continue
         turn(entrant.provider.name)
         own = admit(entrant.provider, problem, grads, exact, limit)
         if own.forward_error is None:
-            steps[entrant.provider.name + IN_FLOAT32] = full_step(own, problem, grads, device)
+            steps[entrant.provider.name + IN_FLOAT32] = full_step(own, problem, grads, device, turns)
     turn(None)
     return steps
 
@@ -310,6 +334,7 @@ def measure(
         entrants.append(admit(provider, problem, grads, exact, settings.compile_seconds))
     del exact
     steps, saved = {}, {}
+    turns = in_turn(problem, 0 if tiny else where.cold)
     for entrant in entrants:
         if entrant.forward_error is not None:
             continue
@@ -318,7 +343,7 @@ def measure(
         if tiny:
             step = tiny_step(entrant, problem, grads, settings.tiny_calls, where)
         else:
-            step = full_step(entrant, problem, grads, where)
+            step = full_step(entrant, problem, grads, where, turns)
         try:
             # The compiler makes another graph where gradients are off.
             with quiet(), time_limit(settings.compile_seconds, f"{name}: first calls"):

@@ -145,19 +145,55 @@ class Event:
 
 
 def test_a_card_is_timed_by_its_own_clock(monkeypatch):
-    """One wait a call, after the last event; caches are cleared before the first."""
+    """One wait a call, after the last event; the card waits for the host before the first."""
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(Event, "log", [])
-    card = object.__new__(device.Card)
-    card.scratch = torch.ones(8, dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: Event.log.append("sleep"))
+    card = device.Card()
     case = gpu_measure.consensus_map.cases(SMALL[0][0], torch.float32, "contiguous")[0]
     problem = case.made()
     found = core.full_step(
         core.Entrant(core.Provider("eager"), problem.eager), problem, [torch.ones(3, 1, 7, 7)], card
     )()
     assert found == {"forward": 1e-3, "backward": 1e-3, "forward+backward": 2e-3}
-    assert Event.log == ["record"] * 3 + ["wait"]
-    assert not card.scratch.any()
+    assert Event.log == ["sleep", *["record"] * 3, "wait"]
+
+
+@pytest.mark.parametrize("op", [gpu_measure.consensus_map, gpu_measure.mutual_enhancement], ids=lambda op: op.OP)
+def test_inputs_are_cold_on_a_card(op):
+    problem = op.cases(SMALL[0][0], torch.float16, "contiguous")[-1].made()
+    size = sum(t.numel() * t.element_size() for name, t in problem.inputs.items() if name not in problem.shared)
+    turns = core.in_turn(problem, 3 * size - 1)
+    sets = [next(turns) for _ in range(5)]
+    seen = [{t.data_ptr() for t in inputs} for inputs, _ in sets]
+    shared = {problem.inputs[name].data_ptr() for name in problem.shared}
+    # Three others before the same again, which is the first of all.
+    assert seen[0] == seen[4] == {t.data_ptr() for t in problem.inputs.values()}
+    assert all(seen[i] & seen[k] == shared for i in range(4) for k in range(i))
+    for inputs, wanted in sets:
+        named = dict(zip(problem.inputs, inputs, strict=True))
+        assert all(named[name] is leaf and leaf.is_leaf for name, leaf in zip(problem.needs, wanted, strict=True))
+        assert all(torch.equal(named[name], t) for name, t in problem.inputs.items())
+    one = core.in_turn(problem, 0)
+    assert next(one)[0][0] is next(one)[0][0] is next(iter(problem.inputs.values()))
+
+
+def test_everybody_takes_the_same_turns(monkeypatch):
+    """Two who are timed in the same rounds: nobody finds in a cache what the other has just read."""
+    case = gpu_measure.consensus_map.cases(SMALL[0][0], torch.float32, "contiguous")[0]
+    where = type("Where", (device.Device,), {"cold": 2**30})()
+    monkeypatch.setattr(core, "device_of", lambda name: where)
+    read = []
+    real = core.Provider.function
+
+    def function(provider, problem):
+        called = real(provider, problem)
+        return lambda *inputs: (read.append(inputs[0].data_ptr()), called(*inputs))[1]
+
+    monkeypatch.setattr(core.Provider, "function", function)
+    core.measure(case, [core.Provider("eager"), core.Provider("cpu")], QUICK)
+    timed = read[-4:]
+    assert len(set(timed)) == 4
 
 
 def test_a_case_is_made_where_it_is_measured():

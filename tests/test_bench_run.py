@@ -115,7 +115,7 @@ def test_half_is_compared_with_float32_within_rounds(monkeypatch):
     seconds = {torch.float16: [9.0, 2.0, 20.0, 4.0], torch.float32: [3.0, 30.0, 6.0]}  # half: a first call, then rounds
     turns, told = [], []
 
-    def step(entrant, problem, grads, device):
+    def step(entrant, problem, grads, device, inputs):
         dtype = problem.inputs["x"].dtype
         turns.append((entrant.provider.name, dtype))
         times = iter(seconds[dtype])
