@@ -57,7 +57,7 @@ test-oldest: $(VENV)-oldest/.made-$(OLDEST)
 
 $(VENV)-oldest/.made-$(OLDEST): pyproject.toml
 	$(PY) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip --disable-pip-version-check install torch==$(OLDEST) setuptools pybind11 ninja
+	$(VENV)-oldest/bin/python -m pip --disable-pip-version-check install torch==$(OLDEST) 'setuptools>=77' pybind11 ninja
 	$(VENV)-oldest/bin/python -m pip --disable-pip-version-check install --no-build-isolation --editable ".[train,dev]" torch==$(OLDEST)
 	@touch $@
 
