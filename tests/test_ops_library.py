@@ -56,9 +56,9 @@ def arguments(call, tensors, backend):
         given = (named["x"], gates)
     elif call.op == "consensus_map":
         scales, center, eps = call._exact_options(tensors[0].shape)
-        given = (*tensors, scales, center, eps, tensors[0].dtype)
+        given = (*tensors, scales, center, eps, str(tensors[0].dtype).removeprefix("torch."))
     elif call.op == "consensus_pool":
-        given = (named["x"], named.get("cmap"), tensors[-1].dtype)
+        given = (named["x"], named.get("cmap"), str(tensors[-1].dtype).removeprefix("torch."))
     else:
         given = (named["x"], gates, named["weight"], named.get("bias"))
     return (*given, backend)
@@ -159,7 +159,7 @@ def test_only_double_backward_is_refused(kernels, call):
 
 def test_schemas_can_be_read():
     assert str(torch.ops.m3em_fast._consensus_map.default._schema) == (
-        "m3em_fast::_consensus_map(Tensor a, Tensor b, int num_scales, bool center, float eps, ScalarType out_dtype, "
+        "m3em_fast::_consensus_map(Tensor a, Tensor b, int num_scales, bool center, float eps, str out_dtype, "
         "str backend) -> (Tensor, Tensor)"
     )
     assert str(torch.ops.m3em_fast._gated_projection_backward.default._schema) == (

@@ -22,6 +22,21 @@ if TYPE_CHECKING:
 _library = torch.library.Library("m3em_fast", "DEF")
 
 
+# A schema has no dtypes: AOTInductor of torch 2.7 writes one number into a program and reads it as another dtype.
+_WRITTEN = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOATS}
+_READ = {name: dtype for dtype, name in _WRITTEN.items()}
+
+
+def written(option: Any) -> Any:
+    """An option as a schema has it: a dtype by its name."""
+    return _WRITTEN[option] if isinstance(option, torch.dtype) else option
+
+
+def read(options: Sequence[Any]) -> tuple:
+    """The options behind what a registered op is called with."""
+    return tuple(_READ[option] if isinstance(option, str) else option for option in options)
+
+
 class Registered:
     """``m3em_fast::_<op>`` and ``m3em_fast::_<op>_backward``, made of an ``Op``.
 
@@ -65,7 +80,7 @@ class Registered:
         return getattr(torch.ops.m3em_fast, name).default
 
     def __call__(self, options: tuple, tensors: Sequence[Tensor | None], backend: str) -> Tensor:
-        out = self.forward(*self._grouped(tensors), *options, backend)
+        out = self.forward(*self._grouped(tensors), *[written(option) for option in options], backend)
         return out[0] if self.saves else out
 
     def _grouped(self, tensors: Sequence[Any]) -> list:
@@ -91,14 +106,14 @@ class Registered:
 
     def _forward(self, *arguments: Any) -> Any:
         tensors = tuple(self._flat(arguments[: self.count]))
-        out, extra = self._kernels(arguments[-1], tensors[0]).forward(arguments[self.count : -1], tensors, True)
+        out, extra = self._kernels(arguments[-1], tensors[0]).forward(read(arguments[self.count : -1]), tensors, True)
         return (out, *extra) if self.saves else out
 
     def _fake_forward(self, *arguments: Any) -> Any:
         tensors = tuple(self._flat(arguments[: self.count]))
         kernels = self._kernels(arguments[-1], tensors[0])
         with torch.device(tensors[0].device):
-            out, extra = kernels.form(arguments[self.count : -1], tensors)
+            out, extra = kernels.form(read(arguments[self.count : -1]), tensors)
         return (out, *extra) if self.saves else out
 
     def _setup(self, ctx: Any, inputs: tuple, output: Any) -> None:
@@ -130,9 +145,9 @@ class Registered:
         """The inputs, forms in the place of those not kept; and everything behind them."""
         tensors = self._flat(arguments[: self.count])
         saved, forms, *options, needs, backend = arguments[self.count :]
-        for i, form in _read(forms):
+        for i, form in _forms(forms):
             tensors[i] = form
-        return tuple(tensors), saved, tuple(options), needs, backend
+        return tuple(tensors), saved, read(options), needs, backend
 
     def _backward(self, grad: Tensor, *arguments: Any) -> list[Tensor]:
         tensors, saved, options, needs, backend = self._backward_arguments(arguments)
@@ -151,7 +166,7 @@ class Registered:
         )
 
 
-def _read(forms: Sequence[int]) -> Iterator[tuple[int, Form]]:
+def _forms(forms: Sequence[int]) -> Iterator[tuple[int, Form]]:
     """The position and the form of every input that the backward does not read."""
     start = 0
     while start < len(forms):

@@ -181,10 +181,7 @@ def _cuda_form(options: tuple, tensors: Tensors) -> tuple[Tensor, Sequence[Tenso
     return a.new_empty((n, 1, h, w), dtype=out_dtype), (stats,)
 
 
-_SCHEMA = (
-    "(Tensor a, Tensor b, int num_scales, bool center, float eps, ScalarType out_dtype, str backend)"
-    " -> (Tensor, Tensor)"
-)
+_SCHEMA = "(Tensor a, Tensor b, int num_scales, bool center, float eps, str out_dtype, str backend) -> (Tensor, Tensor)"
 _CUDA = Kernels(_cuda_forward, _cuda_backward, _cuda_form, _cuda_refuses)
 _KERNELS = {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form), "cuda": _CUDA, "simt": _CUDA}
 _op = Op(_OP, _reference, lambda needs: (True, True), _KERNELS, _SCHEMA)

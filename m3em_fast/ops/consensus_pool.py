@@ -115,7 +115,7 @@ def _cuda_form(options: tuple, tensors: Tensors) -> tuple[Tensor, Sequence[Tenso
     return x.new_empty(x.shape[:2], dtype=options[0]), ()
 
 
-_SCHEMA = "(Tensor x, Tensor? cmap, ScalarType dtype, str backend) -> Tensor"
+_SCHEMA = "(Tensor x, Tensor? cmap, str dtype, str backend) -> Tensor"
 _CUDA = Kernels(_cuda_forward, _cuda_backward, _cuda_form)
 _KERNELS = {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form), "cuda": _CUDA, "simt": _CUDA}
 _op = Op("consensus_pool", _reference, lambda needs: (needs[1], needs[0]), _KERNELS, _SCHEMA, _gradients)
