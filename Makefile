@@ -13,6 +13,9 @@ endif
 X86 := ; sys_platform == 'linux' and platform_machine == 'x86_64'
 NVRTC := "nvidia-cuda-nvrtc-cu12==12.9.86$(X86)" "nvidia-cuda-runtime-cu12==12.9.79$(X86)"
 OLDEST := 2.7.1
+# The challenge's label files, CC BY-NC 4.0, are not part of this repository.
+EPIC ?= $(wildcard ../shared/data/epic100)
+export M3EM_EPIC_ANNOTATIONS ?= $(EPIC)
 METHODS := source_only ta3n m3em
 TESTS ?=
 BENCH ?=
@@ -107,7 +110,7 @@ clean:
 
 # What each of them installs. --no-build-isolation, so that constraints.txt decides on the build tools as well.
 $(VENV)/.train: EXTRAS := train
-$(VENV)/.dev: EXTRAS := train,dev
+$(VENV)/.dev: EXTRAS := train,dev,epic
 $(VENV)/.train $(VENV)/.dev: pyproject.toml setup.py constraints.txt | $(VENV)/.made
 	$(PIP) setuptools pybind11 ninja $(NVRTC)
 	$(PIP) --no-build-isolation --editable ".[$(EXTRAS)]"

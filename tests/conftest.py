@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 # Plain asserts in these helpers are to show the values, as those in tests do.
-pytest.register_assert_rewrite("exact", "library_cases", "op_cases")
+pytest.register_assert_rewrite("epic_cases", "exact", "library_cases", "op_cases")
 
 import m3em_fast  # noqa: E402
 import simt_cases  # noqa: E402

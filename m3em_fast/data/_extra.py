@@ -8,8 +8,8 @@ import sys
 from typing import Any
 
 
-def needs(module: str) -> Any:
-    """The module of an optional library.
+def needs(module: str, extra: str = "train") -> Any:
+    """The module of an optional library, which ``extra`` brings.
 
     Raises:
         ImportError: it is not installed; the message is one sentence that names the extra to install.
@@ -17,7 +17,7 @@ def needs(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f'{module} could not be imported ({error}): pip install "m3em_fast[train]".') from error
+        raise ImportError(f'{module} could not be imported ({error}): pip install "m3em_fast[{extra}]".') from error
 
 
 # What the extra `train` brings, by the names of modules.
