@@ -14,18 +14,30 @@ X86 := ; sys_platform == 'linux' and platform_machine == 'x86_64'
 NVRTC := "nvidia-cuda-nvrtc-cu12==12.9.86$(X86)" "nvidia-cuda-runtime-cu12==12.9.79$(X86)"
 OLDEST := 2.7.1
 # The challenge's label files, CC BY-NC 4.0, are not part of this repository.
-EPIC ?= $(wildcard ../shared/data/epic100)
-export M3EM_EPIC_ANNOTATIONS ?= $(EPIC)
+EPIC_ANNOTATIONS ?= $(or $(M3EM_EPIC_ANNOTATIONS),$(wildcard ../shared/data/epic100))
+export M3EM_EPIC_ANNOTATIONS := $(abspath $(EPIC_ANNOTATIONS))
+EPIC_CLIPS ?= 600
+ifndef EPIC_RUN
+EPIC_RUN := runs/epic-dry-run-$(shell date -u +%Y%m%d-%H%M%S)
+endif
+EPIC := $(BIN)/python -m m3em_fast.epic
+# The label files that are cut down to the drawn clips.
+EPIC_OWN := --annotations $(EPIC_RUN)/features/annotations --no-published
+# Models A to D with fewer channels and epochs, and torch's first weights, which learn in a few steps.
+EPIC_SMALL := --epochs 15 --lr-steps 10 13 --lr 0.02 --init torch --batch-source 32 --batch-target 32 --latent 16 \
+	--fc-dim 64 --relation-dim 32 --object-dim 32 --reduction 4 --threads 1
 METHODS := source_only ta3n m3em
 TESTS ?=
 BENCH ?=
 
 .NOTPARALLEL:
-.PHONY: help train test test-oldest bench gpu cuda-report lint format build wheel clean
+.PHONY: help train epic-dry-run test test-oldest bench gpu cuda-report lint format build wheel clean
 
 help:
 	@echo "make train    train M3EM and its baselines on the digits benchmark, and M3EM once more without the kernels, for its"
 	@echo "              time (DATA=$(DATA), RUN=a new folder under runs/)"
+	@echo "make epic-dry-run  the EPIC-KITCHENS-100 challenge from its label files to a checked submission, on generated features"
+	@echo "              (EPIC_ANNOTATIONS=folder of EPIC_100_*.csv, EPIC_RUN=a new folder under runs/, EPIC_CLIPS=$(EPIC_CLIPS) a split)"
 	@echo "make test     lint, then every test (TESTS=tests/test_x.py for some of them)"
 	@echo "make test-oldest  the tests of ops, modules and training steps under torch $(OLDEST); downloads and keeps several GB"
 	@echo "make bench    time the ops against eager PyTorch and torch.compile, for an hour (BENCH=--quick: arguments of python -m bench)"
@@ -44,6 +56,22 @@ train: $(VENV)/.train build
 	set -e; for method in $(METHODS); do $(BIN)/python train.py --method $$method --data $(DATA) --run $(RUN)/$$method; done
 	M3EM_BACKEND=reference $(BIN)/python train.py --method m3em --data $(DATA) --run $(RUN)/m3em-reference
 	$(BIN)/python -m m3em_fast.uda.report $(addprefix $(RUN)/,$(METHODS)) --reference $(RUN)/m3em-reference --markdown $(RUN)/comparison.md
+
+# Real labels, generated features. The submission is of the drawn clips of target_test: the server would refuse it.
+epic-dry-run: $(VENV)/.train build
+	@test -n "$(EPIC_ANNOTATIONS)" || { echo "make epic-dry-run needs EPIC_ANNOTATIONS=folder of the label files EPIC_100_*.csv."; exit 2; }
+	$(EPIC).generate --annotations $(EPIC_ANNOTATIONS) --out $(EPIC_RUN)/features --clips $(EPIC_CLIPS) --protocols val test
+	set -e; for protocol in val test; do for model in A B C D; do \
+		$(BIN)/python train.py --preset epic --model $$model --protocol $$protocol --data $(EPIC_RUN)/features \
+			--run $(EPIC_RUN)/$$protocol-$$model $(EPIC_SMALL); done; done
+	set -e; name=A; given=$(EPIC_RUN)/val-A/scores/target_val; for model in B C D; do \
+		name=$$name+$$model; given="$$given $(EPIC_RUN)/val-$$model/scores/target_val"; \
+		$(EPIC).ensemble $$given --out $(EPIC_RUN)/val-$$name; done
+	$(EPIC).scoring $(EPIC_RUN)/val-A/scores/target_val $(addprefix $(EPIC_RUN)/val-,A+B A+B+C A+B+C+D) $(EPIC_OWN)
+	$(EPIC).ensemble $(foreach m,A B C D,$(EPIC_RUN)/test-$(m)/scores/target_test) --out $(EPIC_RUN)/test-A+B+C+D \
+		--search $(foreach m,A B C D,$(EPIC_RUN)/test-$(m)/scores/source_val) $(EPIC_OWN)
+	$(EPIC).submission $(EPIC_RUN)/test-A+B+C+D --out $(EPIC_RUN)/submission.zip $(EPIC_OWN)
+	$(EPIC).submission --check $(EPIC_RUN)/submission.zip $(EPIC_OWN)
 
 # loadfile: the tests of a file share what its fixtures made.
 test: lint build
@@ -109,7 +137,7 @@ clean:
 	find . -name __pycache__ -not -path './data/*' -prune -exec rm -rf {} +
 
 # What each of them installs. --no-build-isolation, so that constraints.txt decides on the build tools as well.
-$(VENV)/.train: EXTRAS := train
+$(VENV)/.train: EXTRAS := train,epic
 $(VENV)/.dev: EXTRAS := train,dev,epic
 $(VENV)/.train $(VENV)/.dev: pyproject.toml setup.py constraints.txt | $(VENV)/.made
 	$(PIP) setuptools pybind11 ninja $(NVRTC)

@@ -73,7 +73,12 @@ def scaled(value: float | None, factor: float) -> float | None:
 
 def write_json(path: Path, rows: Iterable[Row], where: dict[str, Any]) -> None:
     """All records or, if something goes wrong on the way, the file as it was before."""
-    text = json.dumps([record(row, where) for row in rows], indent=1, allow_nan=False) + "\n"
+    write_records(path, [record(row, where) for row in rows])
+
+
+def write_records(path: Path, found: list[dict[str, Any]]) -> None:
+    """As :func:`write_json`, of records that are made already."""
+    text = json.dumps(found, indent=1, allow_nan=False) + "\n"
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "w") as file:

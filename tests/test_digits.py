@@ -136,7 +136,8 @@ def test_another_target_may_reuse_the_source(made, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 101}, {"source_train": 61}, {"rgb_epochs": 3}, {"channels": 9}, {"source": "A"}]
+    "change",
+    [{"seed": 101}, {"source_train": 61}, {"rgb_epochs": 3}, {"channels": 9}, {"source": "A"}, {"dtype": "uint8"}],
 )
 def test_every_setting_names_another_stage(change):
     other = dataclasses.replace(TINY, **change)
@@ -359,6 +360,7 @@ def test_missing_picture_is_named(monkeypatch, tmp_path):
         ({"seed": -1}, "seed must be from 0"),
         ({"source_val": 0}, "source_val must be from 1 to 1000000, got 0"),
         ({"rgb_epochs": 0}, "rgb_epochs must be from 1"),
+        ({"dtype": "int8"}, "dtype must be one of float16, uint8, got 'int8'"),
     ],
 )
 def test_config_refused(change, words):

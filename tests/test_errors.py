@@ -24,8 +24,9 @@ SAYING += [f"m3em_fast/uda/{name}.py" for name in ("checkpoint", "options", "run
 SAYING += [
     f"m3em_fast/epic/{name}.py" for name in ("_check", "annotations", "ensemble", "scores", "scoring", "submission")
 ]
-REFUSALS = ("UsageError", "StoreError", "CheckpointError", "EpicError")
-HELPING = [*SAYING, "m3em_fast/_cli.py", "m3em_fast/uda/losses.py", "m3em_fast/backends.py"]
+REFUSALS = ("UsageError", "StoreError", "CheckpointError", "EpicError", "UnpickleError")
+SAYING += [f"m3em_fast/data/{name}.py" for name in ("importer", "_import_sources", "_unpickle")]
+HELPING = [*SAYING, "m3em_fast/data/_writer.py", "m3em_fast/_cli.py", "m3em_fast/uda/losses.py", "m3em_fast/backends.py"]
 
 
 def rows():

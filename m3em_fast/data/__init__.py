@@ -6,11 +6,14 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "BatchReader": "prefetch",
     "FeatureStore": "store",
     "FeatureStoreWriter": "store",
     "Modality": "store",
+    "Prefetch": "prefetch",
     "StoreError": "store",
     "frame_offsets": "store",
+    "import_features": "importer",
     "num_batches": "samplers",
     "paired_batches": "samplers",
 }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -26,8 +27,10 @@ from ._manifest import (
     check_labels,
     check_modality,
     check_num_classes,
-    sha256,
 )
+from ._shard_file import ShardFile
+
+JOURNAL, _LOCK = "progress.json", ".lock"
 
 
 class FeatureStoreWriter:
@@ -44,9 +47,19 @@ class FeatureStoreWriter:
         shard_bytes: size that a shard may reach, at most 256 MB.
         scales: for ``uint8`` modalities, one positive step per channel; a value is the stored integer times the step,
             and values above 255 steps are cut off there. Without it each shard gets a scale, from its largest values.
+        resume: what is written, as JSON. With it the temporary folder has one name, stays when the block ends with an
+            exception or the process is killed, and the next writer with an equal ``resume`` goes on in it. Everything
+            that decides what is appended belongs in it.
+
+    Attributes:
+        folder: the temporary one.
+        done: with ``resume``, inside the block: how many clips a writer before this one has left; the next
+            append begins with the clip after them.
+        note: with ``resume``: anything that JSON can hold, kept by :meth:`sync` for the writer that goes on.
 
     Raises:
-        StoreError: the path exists, or an argument is not what it should be.
+        StoreError: the path exists, or an argument is not what it should be; with ``resume``, on entering the block:
+            another process writes there, or what is there was begun with another ``resume``.
     """
 
     def __init__(
@@ -57,10 +70,10 @@ class FeatureStoreWriter:
         meta: dict[str, Any] | None = None,
         shard_bytes: int = MAX_SHARD_BYTES,
         scales: Mapping[str, np.ndarray] | None = None,
+        resume: Any = None,
     ) -> None:
         self.path = Path(path)
-        if self.path.exists():
-            raise StoreError(f"{self.path} already exists; a store is never written over.")
+        self._refuse_existing()
         if not modalities:
             raise StoreError(f"{self.path}: a store needs at least one modality.")
         for name, modality in modalities.items():
@@ -78,12 +91,29 @@ class FeatureStoreWriter:
         self._clips: list[str] = []
         self._known: set[str] = set()
         self._labels: dict[str, list[np.ndarray]] | None = None
-        self._pending: dict[str, list[np.ndarray]] = {name: [] for name in modalities}
+        self._open: dict[str, ShardFile] = {}
+        self._counts = dict.fromkeys(modalities, 0)
         self._shards: list[Shard] = []
-        self._folder = self.path.parent / f".{self.path.name}.{uuid.uuid4().hex[:8]}.partial"
+        self._resume, self.done = resume, 0
+        self.note: Any = None
+        mark = uuid.uuid4().hex[:8] + "." if resume is None else ""
+        self.folder = self.path.parent / f".{self.path.name}.{mark}partial"
+        self._held = contextlib.ExitStack()
+
+    def _refuse_existing(self) -> None:
+        if self.path.exists():
+            raise StoreError(f"{self.path} already exists; a store is never written over.")
 
     def __enter__(self) -> FeatureStoreWriter:
-        self._folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=self._resume is not None)
+        if self._resume is not None:
+            self._held.enter_context(_alone(self.folder))
+            try:
+                self._refuse_existing()  # again: now nobody else is about to finish it
+                self._go_on()
+            except BaseException:
+                self._held.close()
+                raise
         return self
 
     def __exit__(
@@ -92,8 +122,73 @@ class FeatureStoreWriter:
         try:
             if kind is None:
                 self._finish()
+            elif self._resume is not None:
+                # The disk may be full, a file finished but for its entry: what ends the block is what is told.
+                with contextlib.suppress(OSError, ValueError):
+                    self.sync()
         finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            for file in self._open.values():
+                with contextlib.suppress(OSError):
+                    file.close()
+            if self._resume is None:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            self._held.close()
+
+    def sync(self) -> None:
+        """With ``resume``: have what was appended on the disk, so that a writer after this one finds it."""
+        if self._resume is None:
+            raise StoreError(f"{self.path}: sync needs a writer that can be resumed.")
+        for file in self._open.values():
+            file.sync()
+        labels = None
+        if self._labels is not None:
+            labels = {name: np.concatenate(parts).tolist() for name, parts in self._labels.items()}
+        state = {
+            "resume": self._resume,
+            "note": self.note,
+            "clips": self._clips,
+            "labels": labels,
+            "shards": [asdict(shard) for shard in self._shards],
+            "open": {name: file.clips for name, file in self._open.items()},
+        }
+        _write_whole(self.folder / JOURNAL, json.dumps(state))
+
+    def _go_on(self) -> None:
+        journal = self.folder / JOURNAL
+        keep = {_LOCK}
+        if journal.exists():
+            try:
+                state = json.loads(journal.read_text(encoding="utf-8"))
+                if state["resume"] != json.loads(json.dumps(self._resume)):
+                    raise StoreError(
+                        f"{self.folder} holds an unfinished store of other data or options; "
+                        "finish it with those, or delete it to begin anew."
+                    )
+                self._take_up(state)
+            except StoreError:
+                raise
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+                reason = " ".join(str(error).split())
+                raise StoreError(
+                    f"{self.folder} cannot be gone on with ({reason:.100}); delete it to begin anew."
+                ) from error
+            keep |= {JOURNAL, *(shard.file for shard in self._shards)}
+            keep |= {file.written.name for file in self._open.values()}
+        for path in self.folder.iterdir():
+            if path.name not in keep:
+                path.unlink()
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        self.note, self._clips = state["note"], list(state["clips"])
+        self._known, self.done = set(self._clips), len(self._clips)
+        if state["labels"] is not None:
+            self._labels = {name: [np.array(values, np.int64)] for name, values in state["labels"].items()}
+        self._shards = [Shard(**facts) for facts in state["shards"]]
+        for shard in self._shards:
+            self._counts[shard.modality] += shard.clips
+        for name, clips in state["open"].items():
+            self._open[name] = self._shard_file(name, clips)
+            self._counts[name] += clips
 
     def append(
         self, clips: Sequence[str], features: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray] | None = None
@@ -108,7 +203,7 @@ class FeatureStoreWriter:
         Raises:
             StoreError: an id appears twice; a shape, length, value or label is not what the store was made for.
         """
-        if not self._folder.is_dir():
+        if not self.folder.is_dir():
             raise StoreError(f"{self.path}: append works inside the writer's with block only.")
         count = len(clips)
         for clip in clips:
@@ -120,7 +215,7 @@ class FeatureStoreWriter:
         if set(features) != set(self.modalities):
             wanted, got = ", ".join(sorted(self.modalities)), ", ".join(sorted(features)) or "none"
             raise StoreError(f"{self.path}: features must be given for {wanted}, got {got}.")
-        arrays = {name: self._checked(name, features[name], count) for name in self.modalities}
+        arrays = {name: self._checked(name, features[name], clips) for name in self.modalities}
         if self._clips and (labels is None) != (self._labels is None):
             raise StoreError(f"{self.path}: labels must be given with every append or with none.")
         if labels is not None:
@@ -129,66 +224,66 @@ class FeatureStoreWriter:
                 self._labels = {name: [] for name in checked}
             for name, values in checked.items():
                 self._labels[name].append(values)
+        before = len(self._clips)
+        for name, array in arrays.items():
+            # A writer before this one may have been stopped when some modalities had got these clips.
+            self._write(name, array[self._counts[name] - before :])
         self._clips.extend(clips)
         self._known.update(clips)
-        for name, array in arrays.items():
-            self._pending[name].append(array)
-            self._flush(name, last=False)
 
-    def _checked(self, name: str, values: np.ndarray, count: int) -> np.ndarray:
+    def _checked(self, name: str, values: np.ndarray, clips: Sequence[str]) -> np.ndarray:
         modality, values = self.modalities[name], np.asarray(values)
-        if values.shape != (count, *modality.shape):
-            raise StoreError(f"{self.path}: {name} must have shape {(count, *modality.shape)}, got {values.shape}.")
+        if values.shape != (len(clips), *modality.shape):
+            raise StoreError(
+                f"{self.path}: {name} must have shape {(len(clips), *modality.shape)}, got {values.shape}."
+            )
         if values.dtype.kind != "f":
             raise StoreError(f"{self.path}: {name} must be floating point, got {values.dtype}.")
         with np.errstate(over="ignore"):
             half = values.astype(np.float16)
-        if not np.isfinite(half).all():
-            raise StoreError(f"{self.path}: {name} holds values that are not finite in float16.")
-        if modality.dtype == "uint8" and half.size and half.min() < 0:
+        good = np.isfinite(half)
+        if not good.all():
             raise StoreError(
-                f"{self.path}: {name} is stored as uint8, which holds no negative value, got {half.min()}."
+                f"{self.path}: {name} holds values that are not finite in float16, in clip {_first(clips, ~good)}."
+            )
+        if modality.dtype == "uint8" and (half < 0).any():
+            raise StoreError(
+                f"{self.path}: {name} is stored as uint8, which holds no negative value, got {half.min()} in clip "
+                f"{_first(clips, half < 0)}."
             )
         return half
 
-    def _flush(self, name: str, last: bool) -> None:
-        modality = self.modalities[name]
-        room = max(1, (self.shard_bytes - 128) // modality.clip_bytes)
-        waiting = sum(len(part) for part in self._pending[name])
-        if waiting < room and not (last and waiting):
-            return
-        values = np.concatenate(self._pending[name])
-        while len(values) >= room or (last and len(values)):
-            self._write_shard(name, values[:room])
-            values = values[room:]
-        self._pending[name] = [values.copy()] if len(values) else []
+    def _room(self, name: str) -> int:
+        return max(1, (self.shard_bytes - 128) // self.modalities[name].clip_bytes)
 
-    def _write_shard(self, name: str, values: np.ndarray) -> None:
-        modality, scale = self.modalities[name], None
-        if modality.dtype == "uint8":
-            axis = 2
-            others = tuple(i for i in range(values.ndim) if i != axis)
-            if name in self._scales:
-                steps = self._scales[name]
-            else:
-                steps = values.max(axis=others).astype(np.float32) / np.float32(255)
-                steps[steps == 0] = 1
-            shape = (-1, *[1] * (values.ndim - axis - 1))
-            values = np.clip(np.rint(values.astype(np.float32) / steps.reshape(shape)), 0, 255).astype(np.uint8)
-            scale = [float(step) for step in steps]
+    def _shard_file(self, name: str, clips: int = 0) -> ShardFile:
         mine = [shard for shard in self._shards if shard.modality == name]
-        file = f"{name}-{len(mine):05d}.npy"
-        with open(self._folder / file, "xb") as handle:
-            np.lib.format.write_array(handle, np.ascontiguousarray(values), version=(1, 0), allow_pickle=False)
-            handle.flush()
-            os.fsync(handle.fileno())
-        path = self._folder / file
         start = sum(shard.clips for shard in mine)
-        self._shards.append(Shard(name, file, start, len(values), path.stat().st_size, sha256(path), scale))
+        return ShardFile(self.folder, name, self.modalities[name], len(mine), start, self._scales.get(name), clips)
+
+    def _write(self, name: str, half: np.ndarray) -> None:
+        while len(half):
+            if name not in self._open:
+                self._open[name] = self._shard_file(name)
+            file = self._open[name]
+            part = half[: self._room(name) - file.clips]
+            file.append(part)
+            self._counts[name] += len(part)
+            half = half[len(part) :]
+            if file.clips == self._room(name):
+                self._complete(name)
+
+    def _complete(self, name: str) -> None:
+        file = self._open[name]
+        self._shards.append(file.finish())
+        del self._open[name]
+        if self._resume is not None:
+            self.sync()
+        file.discard()
 
     def _finish(self) -> None:
-        for name in self.modalities:
-            self._flush(name, last=True)
+        for name in list(self._open):
+            self._complete(name)
         labels = None
         if self._labels is not None:
             labels = {name: np.concatenate(parts).tolist() for name, parts in self._labels.items()}
@@ -206,14 +301,13 @@ class FeatureStoreWriter:
             text = json.dumps(document, indent=1, sort_keys=False, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise StoreError(f"{self.path}: meta must be something that JSON can hold ({error}).") from error
-        with open(self._folder / MANIFEST, "x", encoding="utf-8") as handle:
-            handle.write(text + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        _write_whole(self.folder / MANIFEST, text + "\n")
         try:
-            os.rename(self._folder, self.path)
+            os.rename(self.folder, self.path)
         except OSError as error:
             raise StoreError(f"{self.path} could not be given its final name ({error.strerror}).") from error
+        for name in (JOURNAL, _LOCK):  # last: whoever is killed before has all that goes on
+            (self.path / name).unlink(missing_ok=True)
 
 
 def _checked_scale(name: str, scale: np.ndarray, channels: int) -> np.ndarray:
@@ -221,3 +315,34 @@ def _checked_scale(name: str, scale: np.ndarray, channels: int) -> np.ndarray:
     if steps.shape != (channels,) or not ((steps > 0) & (steps <= MAX_STEP)).all():
         raise StoreError(f"scales: {name} needs {channels} steps above 0 and up to {MAX_STEP}, one per channel.")
     return steps
+
+
+def _first(clips: Sequence[str], bad: np.ndarray) -> str:
+    return f"{clips[int(bad.reshape(len(clips), -1).any(axis=1).argmax())]!r:.80}"
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Refuse a folder that another process writes in; the lock falls when its holder dies."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        yield
+        return
+    with open(folder / _LOCK, "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(f"{folder} is in use: another process is writing that store.") from error
+        except OSError:
+            pass  # a file system that knows no locks
+        yield

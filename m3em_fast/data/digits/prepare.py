@@ -52,7 +52,8 @@ def _feature_facts(config: DigitsConfig, split: str) -> dict[str, Any]:
     facts = _split_facts(config, split)
     for modality in RECIPES:
         facts |= _backbone_facts(config, modality)
-    return facts
+    # Left out where it is the default: stores that were made when there was no other stay valid.
+    return facts | ({} if config.dtype == "float16" else {"dtype": config.dtype})
 
 
 def _named(kind: str, look: str, config: DigitsConfig, facts: dict[str, Any]) -> str:
@@ -71,8 +72,8 @@ def _check_store(path: Path, config: DigitsConfig, split: str) -> None:
     except StoreError as error:
         raise StoreError(f"{str(error).rstrip('.')}; delete {path} to have it made again.") from error
     if meta.get("key") != _store_key(config, split):
-        asked, found = _feature_facts(config, split), meta.get("config")
-        found = found if isinstance(found, dict) else {}
+        asked, found = _feature_facts(config, split) | {"dtype": config.dtype}, meta.get("config")
+        found = {"dtype": DigitsConfig.dtype} | (found if isinstance(found, dict) else {})
         other = [
             f"{name} {found.get(name)} and not {value}" for name, value in asked.items() if found.get(name) != value
         ]
@@ -107,7 +108,8 @@ def prepare(
 
     Returns:
         split -> ``root/split``, its feature store, for each of ``SPLITS``. RGB and Flow are maps (5, C, 7, 7), Audio is
-        a vector (5, C), all float16 and divided by one number a modality, its root mean square over source_train.
+        a vector (5, C), all divided by one number a modality, its root mean square over source_train, and read as
+        float16. With ``config.dtype`` uint8 the maps are stored as such, and are otherwise the same.
 
     Raises:
         ImportError: scikit-learn, scikit-image or OpenCV is missing; the message names the extra.
@@ -310,7 +312,8 @@ class _Stages:
         raw = self.raws.get(split)
         if raw is not None and not raw.exists():
             raw = None
-        maps = {name: Modality("map", FRAMES, config.channels, MAP_SIDE, MAP_SIDE) for name in ("RGB", "Flow")}
+        shape = (FRAMES, config.channels, MAP_SIDE, MAP_SIDE)
+        maps = {name: Modality("map", *shape, config.dtype) for name in ("RGB", "Flow")}
         modalities = maps | {"Audio": Modality("vector", FRAMES, config.channels)}
         states = {modality: load_backbone(path, modality)[1] for modality, path in self.backbones.items()}
         meta = {

@@ -132,11 +132,15 @@ class DigitsConfig:
     """Passes of the flow backbone."""
     audio_epochs: int = 8
     """Passes of the sound backbone."""
+    dtype: Literal["float16", "uint8"] = "float16"
+    """How the stores hold RGB and Flow; uint8, with a scale a channel, takes half the room."""
 
     def __post_init__(self) -> None:
         for name, known in (("source", SOURCES), ("target", TARGETS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+        if self.dtype not in ("float16", "uint8"):
+            raise ValueError(f"dtype must be one of float16, uint8, got {self.dtype!r}.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to 2**32 - 1, got {self.seed}.")
         for name in (*SPLITS, "channels", "rgb_epochs", "flow_epochs", "audio_epochs"):
