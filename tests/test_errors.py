@@ -26,7 +26,13 @@ SAYING += [
 ]
 REFUSALS = ("UsageError", "StoreError", "CheckpointError", "EpicError", "UnpickleError")
 SAYING += [f"m3em_fast/data/{name}.py" for name in ("importer", "_import_sources", "_unpickle")]
-HELPING = [*SAYING, "m3em_fast/data/_writer.py", "m3em_fast/_cli.py", "m3em_fast/uda/losses.py", "m3em_fast/backends.py"]
+HELPING = [
+    *SAYING,
+    "m3em_fast/data/_writer.py",
+    "m3em_fast/_cli.py",
+    "m3em_fast/uda/losses.py",
+    "m3em_fast/backends.py",
+]
 
 
 def rows():
