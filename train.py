@@ -2,21 +2,23 @@
 
     python -m m3em_fast.data.digits --out data/digits      make the embedded benchmark (once)
     python train.py --method m3em --run runs/m3em          train on it
+    python train.py --preset epic --model B --data DIR     the report's Model B on EPIC-KITCHENS: docs/reproduce.md
 
 Every run leaves a folder: metrics.json (accuracies, losses), run.json (options, versions, time), checkpoint.pt,
-TensorBoard events, curves.png and, with CMC, consensus.png. The last epoch is what is reported: no choice is made by
-looking at the target. Killed or stopped at any moment it goes on with --resume; what it says when something is wrong is
-in docs/errors.md.
+TensorBoard events, curves.png, consensus.png for the digits with CMC, scores/ for EPIC-KITCHENS. The last epoch is what
+is reported: no choice is made by looking at the target. Killed or stopped at any moment it goes on with --resume; what
+it says when something is wrong is in docs/errors.md.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,21 +38,28 @@ from tqdm import tqdm
 from m3em_fast import backends, env
 from m3em_fast.data.samplers import num_batches, paired_batches
 from m3em_fast.data.store import FeatureStore, StoreError
+from m3em_fast.epic import EpicError, write_scores
+from m3em_fast.epic.models import MODELS, without_consensus
 from m3em_fast.ops.consensus_map import resolve_num_scales
 from m3em_fast.uda import METHODS, ActionModel, report, total_loss, warmup_coefficient
 from m3em_fast.uda.checkpoint import CheckpointError, random_state, restore, save_checkpoint
-from m3em_fast.uda.evaluation import evaluate, majority_floor
+from m3em_fast.uda.evaluation import evaluate, majority_floor, predict
 from m3em_fast.uda.losses import who_is_not_finite
 from m3em_fast.uda.options import Options, parse, resolve
 from m3em_fast.uda.run import CHECKPOINT, EventLog, StopSignals, UsageError, open_run, write_whole, writing
-from m3em_fast.uda.splits import labels_of, open_stores
+from m3em_fast.uda.splits import Stores, labels_of, modalities_of, open_stores
 
 
 def build_model(options: Options, store: FeatureStore) -> ActionModel:
-    maps = {name: m for name, m in store.modalities.items() if m.kind == "map"}
-    vectors = {name: m.channels for name, m in store.modalities.items() if m.kind == "vector"}
+    read = modalities_of(store, options.model)
+    maps = {name: m for name, m in read.items() if m.kind == "map"}
+    vectors = {name: m.channels for name, m in read.items() if m.kind == "vector"}
+    chosen = MODELS.get(options.model)
+    method: str = options.method
+    if left_out(options, store):
+        method = {"m3em": "ta3n_smr", "ta3n_cmc": "ta3n"}[method]
     try:
-        if METHODS[options.method]["cmc"]:
+        if METHODS[method]["cmc"]:
             sizes = {name: (m.height, m.width) for name, m in maps.items()}
             if len(set(sizes.values())) > 1:
                 raise ValueError(f"CMC compares maps of one size, got {sizes}")
@@ -62,7 +71,9 @@ def build_model(options: Options, store: FeatureStore) -> ActionModel:
             vectors,
             store.num_classes["verb"],
             store.num_classes["noun"],
-            method=options.method,
+            method=method,
+            visual=None if chosen is None else chosen.visual,
+            projected=dict.fromkeys(() if chosen is None else chosen.projected, options.object_dim),
             latent_channels=options.latent,
             num_scales=options.num_scales,
             center=options.center,
@@ -74,7 +85,7 @@ def build_model(options: Options, store: FeatureStore) -> ActionModel:
             dropout_i=options.dropout,
             dropout_v=options.dropout,
         )
-        for name, m in store.modalities.items():
+        for name, m in read.items():
             if m.frames < model.num_segments:
                 raise ValueError(f"a clip needs {model.num_segments} frames, {name} has {m.frames}")
     except (ValueError, KeyError, RuntimeError) as error:  # of torch: a name that no module can have, no memory
@@ -83,77 +94,109 @@ def build_model(options: Options, store: FeatureStore) -> ActionModel:
     return model
 
 
-def pairing(options: Options, stores: dict[str, FeatureStore]) -> tuple[int, int | None, int, int]:
+def left_out(options: Options, store: FeatureStore) -> str | None:
+    """Why the model is trained without CMC although the method has it; None where nothing is left out."""
+    if options.model == "all" or not METHODS[options.method]["cmc"]:
+        return None
+    read = modalities_of(store, options.model)
+    return without_consensus(options.model, [name for name, m in read.items() if m.kind == "map"])
+
+
+def pairing(options: Options, stores: Stores) -> tuple[int, int | None, int, int]:
     """What the samplers need to know: clips and batch sizes; no target for a method that does not adapt."""
-    num_target = len(stores["target_train"]) if METHODS[options.method]["adversarial"] else None
-    return len(stores["source_train"]), num_target, options.batch_source, options.batch_target
+    num_target = len(stores.target) if METHODS[options.method]["adversarial"] else None
+    return len(stores.source), num_target, options.batch_source, options.batch_target
 
 
 def read_batch(
-    stores: dict[str, FeatureStore], model: ActionModel, source: np.ndarray, target: np.ndarray | None
+    stores: Stores, model: ActionModel, source: np.ndarray, target: np.ndarray | None
 ) -> dict[str, torch.Tensor]:
     """Features of source clips, then of target clips: modality -> (clips, frames, C, H, W) or (clips, frames, C)."""
-    features = stores["source_train"].read(source, model.modalities, frames=model.num_segments)
+    features = stores.source.read(source, model.modalities, frames=model.num_segments)
     if target is not None:
-        more = stores["target_train"].read(target, model.modalities, frames=model.num_segments)
+        more = stores.target.read(target, model.modalities, frames=model.num_segments)
         features = {name: torch.cat([x, more[name]]) for name, x in features.items()}
     return features
 
 
+def half_precision(options: Options) -> AbstractContextManager:
+    dtype = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[options.precision]
+    return nullcontext() if dtype is None else torch.autocast(torch.device(options.device).type, dtype=dtype)
+
+
 def train(options: Options) -> Path:
     options = resolve(options)
-    stores = open_stores(options.data)
+    stores = open_stores(options.data, options.protocol, options.model)
+    plan = stores.plan
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    model = build_model(options, stores["source_train"]).to(options.device)
+    model = build_model(options, stores.source).to(options.device)
+    names = [options.preset, *((options.model, options.protocol) if plan.scored else ()), options.method]
     # After everything that can be refused, so that a refusal leaves no folder behind.
-    with open_run(options.run, f"{options.preset}-{options.method}", options.resume) as run:
+    with open_run(options.run, "-".join(names), options.resume) as run:
         fixed = {name: x for name, x in asdict(options).items() if name not in ("run", "resume")}
         fixed = json.loads(json.dumps(fixed, default=str))
+        if sentence := left_out(options, stores.source):
+            print(f"train.py: {sentence}", file=sys.stderr)
         start = time.perf_counter()
         history = fit(options, fixed, stores, model, run)
         environment = {"seconds": time.perf_counter() - start, "environment": env.report()}
-        about = {"options": fixed, "data": stores["source_train"].meta, **environment}
-        metrics = {
+        about = {"options": fixed, "data": stores.source.meta, **environment}
+        metrics: dict[str, Any] = {
             "method": options.method,
-            "results": {split: history[split][-1] for split in ("source_val", "target_test")},
-            "floor": {split: majority_floor(**labels_of(stores[split])) for split in ("source_val", "target_test")},
+            "results": {split: history[split][-1] for split in plan.reported},
+            "floor": {split: majority_floor(**labels_of(stores[split])) for split in plan.reported},
             "history": history,
         }
+        if plan.scored:
+            metrics |= {"model": options.model, "protocol": options.protocol}
+            about["left_out"] = sentence
+            store_scores(options, stores, model, run)
         write_whole(run / "run.json", (json.dumps(about, indent=1, default=str) + "\n").encode())
         write_whole(run / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
         with writing(run / "curves.png"):
             report.draw_curves(run)
-        if METHODS[options.method]["cmc"]:
+        if model.enhancement.cmc is not None:
             with writing(run / "consensus.png"):
-                report.draw_consensus(run, model, stores["target_test"], torch.device(options.device))
+                report.draw_consensus(run, model, stores[plan.evaluated], torch.device(options.device))
     return run
 
 
-def fit(
-    options: Options, fixed: dict[str, Any], stores: dict[str, FeatureStore], model: ActionModel, run: Path
-) -> dict[str, list]:
+def store_scores(options: Options, stores: Stores, model: ActionModel, run: Path) -> None:
+    """Logits of every clip of the protocol's scored splits, for ensembles and the submission, under ``run``/scores."""
+    said = {name: getattr(options, name) for name in ("protocol", "model", "method", "seed", "epochs")}
+    for split in stores.plan.scored:
+        store, folder = stores[split], run / "scores" / split
+        verb, noun = predict(
+            model, store, batch=512, device=torch.device(options.device), autocast=half_precision(options)
+        )
+        if folder.is_dir():
+            shutil.rmtree(folder)  # of this very run, which had ended and was resumed
+        write_scores(folder, store.clips, verb, noun, {"split": split, **said, "features": store.fingerprint})
+
+
+def fit(options: Options, fixed: dict[str, Any], stores: Stores, model: ActionModel, run: Path) -> dict[str, list]:
     """The training itself, from the start or the checkpoint; the losses of all steps, the scores of all epochs."""
     assert options.lr is not None
+    plan = stores.plan
     device = torch.device(options.device)
     optimizer = torch.optim.SGD(
         model.parameters(), options.lr, momentum=0.9, nesterov=True, weight_decay=options.weight_decay
     )
-    half = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[options.precision]
-    autocast = torch.autocast(device.type, dtype=half) if half is not None else nullcontext()
+    autocast = half_precision(options)
     scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
 
-    source_labels = {kind: torch.from_numpy(x) for kind, x in labels_of(stores["source_train"]).items()}
+    source_labels = {kind: torch.from_numpy(x) for kind, x in labels_of(stores.source).items()}
     pair = pairing(options, stores)
     steps = num_batches(*pair)
     data = {split: store.fingerprint for split, store in stores.items()}
-    history: dict[str, list] = {"loss": [], "terms": [], "source_val": [], "target_test": []}
+    history: dict[str, list] = {"loss": [], "terms": [], **{split: [] for split in plan.reported}}
     first_epoch, first_step = 0, 0
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler}
     if options.resume and (run / CHECKPOINT).exists():
         history, first_epoch, first_step = restore(
-            run / CHECKPOINT, fixed, data, **parts, device=device, epochs=options.epochs, steps=steps
+            run / CHECKPOINT, fixed, data, plan.reported, **parts, device=device, epochs=options.epochs, steps=steps
         )
     done, total = first_epoch * steps + first_step, options.epochs * steps
     with (
@@ -198,8 +241,8 @@ def fit(
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_gradient)
                 # In float16 a gradient may overflow: the scaler then leaves the step out and scales less.
                 if not math.isfinite(value) or not (scaler.is_enabled() or norm.isfinite()):
-                    clips = [stores["source_train"].clips[i] for i in source]
-                    clips += [stores["target_train"].clips[i] for i in (() if target is None else target)]
+                    clips = [stores.source.clips[i] for i in source]
+                    clips += [stores.target.clips[i] for i in (() if target is None else target)]
                     raise UsageError(
                         f"loss is {value}, its gradient's norm {norm:.4g}, at epoch {epoch + 1} step {step} "
                         f"({who_is_not_finite(terms, (out.verb, out.noun), clips)})."
@@ -218,8 +261,10 @@ def fit(
                 stop.check()
             with stop.at_once():  # the state is saved, and evaluating changes nothing of it
                 scores = {
-                    split: evaluate(model, stores[split], batch=512, device=device, autocast=autocast)
-                    for split in ("source_val", "target_test")
+                    split: evaluate(
+                        model, stores[split], batch=512, device=device, autocast=autocast, challenge=bool(plan.scored)
+                    )
+                    for split in plan.reported
                 }
             for split, metrics in scores.items():
                 history[split].append(metrics)
@@ -236,7 +281,7 @@ def main() -> int:
     try:
         run = train(parse(sys.argv[1:], __doc__))
         report.print_table([run])
-    except (UsageError, StoreError, CheckpointError, backends.BackendError, OSError) as error:
+    except (UsageError, StoreError, CheckpointError, EpicError, backends.BackendError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:

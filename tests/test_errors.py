@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SAYING = ["train.py", "m3em_fast/data/_manifest.py", "m3em_fast/data/store.py", "m3em_fast/data/digits/prepare.py"]
 SAYING += [f"m3em_fast/uda/{name}.py" for name in ("checkpoint", "options", "run", "splits")]
 SAYING += [
-    f"m3em_fast/epic/{name}.py" for name in ("_check", "annotations", "ensemble", "scores", "scoring", "submission")
+    f"m3em_fast/epic/{name}.py"
+    for name in ("_check", "annotations", "ensemble", "generate", "scores", "scoring", "submission")
 ]
 REFUSALS = ("UsageError", "StoreError", "CheckpointError", "EpicError", "UnpickleError")
 SAYING += [f"m3em_fast/data/{name}.py" for name in ("importer", "_import_sources", "_unpickle")]

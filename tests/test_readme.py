@@ -29,5 +29,5 @@ def test_links_and_pictures_exist():
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"\bmake (\w+)", README)):
+    for target in set(re.findall(r"\bmake ([\w-]+)", README)):
         assert re.search(rf"^{target}:", makefile, re.M), target

@@ -6,6 +6,7 @@ import io
 import math
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def restore(
     path: Path,
     options: dict[str, Any],
     data: dict[str, str],
+    reported: Sequence[str] = ("source_val", "target_test"),
     *,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -110,6 +112,7 @@ def restore(
         path: the checkpoint.
         options: with which the run goes on; plain values.
         data: split -> fingerprint of the store that it goes on with.
+        reported: splits whose accuracies the history has.
         epochs, steps: how many there are in all, and in each epoch.
 
     Returns:
@@ -135,7 +138,7 @@ def restore(
             f"--resume: {path.parent} was started on a {other} whose manifest's SHA-256 begins with "
             f"{known[other]!s:.12}, not {data[other]:.12}; were the data made again?"
         )
-    if not (_position(epoch, step, epochs, steps) and _history(state["history"], epoch, step, steps)):
+    if not (_position(epoch, step, epochs, steps) and _history(state["history"], reported, epoch, step, steps)):
         raise CheckpointError(
             f"{path} does not fit {epochs} epochs of {steps} steps; was it trained on other data, or altered?"
         )
@@ -172,13 +175,13 @@ def _position(epoch: Any, step: Any, epochs: int, steps: int) -> bool:
     return type(epoch) is type(step) is int and epoch >= 0 <= step <= steps and epoch * steps + step <= epochs * steps
 
 
-def _history(history: Any, epoch: int, step: int, steps: int) -> bool:
+def _history(history: Any, reported: Sequence[str], epoch: int, step: int, steps: int) -> bool:
     if not _plain(history) or not isinstance(history, dict):
         return False
-    lengths = {"loss": epoch * steps + step, "terms": epoch * steps + step, "source_val": epoch, "target_test": epoch}
+    lengths = dict.fromkeys(("loss", "terms"), epoch * steps + step) | dict.fromkeys(reported, epoch)
     if {name: len(x) for name, x in history.items() if isinstance(x, list)} != lengths or len(history) != len(lengths):
         return False
-    terms, scores = history["terms"], history["source_val"] + history["target_test"]
+    terms, scores = history["terms"], [x for split in reported for x in history[split]]
     if not all(isinstance(x, dict) for x in terms + scores):
         return False
     numbers = [*history["loss"], *(value for x in terms + scores for value in x.values())]

@@ -25,7 +25,7 @@ METHODS: dict[str, dict[str, bool]] = {
 
 class ActionOutput(NamedTuple):
     streams: dict[str, StreamOutput]
-    """Stream -> TA3N's output: ``visual`` and one for every vector modality."""
+    """Stream -> TA3N's output: ``visual`` and one for every other modality, named after it."""
     verb: Tensor
     """(B, verbs) fused logits."""
     noun: Tensor
@@ -38,10 +38,13 @@ class ActionModel(nn.Module):
     """Verbs and nouns of clips from frame-level features of several modalities.
 
     Args:
-        spatial, vector: modality -> channels, as in :class:`m3em_fast.nn.MutualEnhancement`. The spatial modalities'
-            vectors are concatenated into the visual stream, every vector modality has a stream of its own.
+        spatial, vector: modality -> channels of its features, as in :class:`m3em_fast.nn.MutualEnhancement`.
         num_verbs, num_nouns: classes.
         method: one of ``METHODS``; parameters that it does not use do not exist.
+        visual: modalities whose vectors are concatenated into the visual stream; every other has a stream of its own.
+            None: the spatial ones. RGB that comes pooled is a vector, and visual all the same.
+        projected: vector modality -> channels that a linear layer of the model brings it to first. The layer has a
+            bias, starts from torch's default whatever ``init`` is, and learns from every loss.
         latent_channels, num_scales, reduction, gate_bias, center: of M3EM.
         init: ``"ta3n"`` or ``"torch"``, for M3EM and TA3N alike.
         **ta3n: ``num_segments``, ``fc_dim``, ``relation_dim``, ``dropout_i``, ``dropout_v`` of :class:`TA3N`.
@@ -55,6 +58,8 @@ class ActionModel(nn.Module):
         num_nouns: int,
         *,
         method: str = "m3em",
+        visual: Sequence[str] | None = None,
+        projected: Mapping[str, int] | None = None,
         latent_channels: int = 512,
         num_scales: int | None = None,
         reduction: int = 16,
@@ -68,9 +73,14 @@ class ActionModel(nn.Module):
             raise ValueError(f"ActionModel: method must be one of {', '.join(METHODS)}, got {method!r}")
         if not spatial and not vector:
             raise ValueError("ActionModel: needs at least one modality, got none")
+        visual, projected = tuple(spatial if visual is None else visual), dict(projected or {})
+        if unknown := sorted({*visual} - {*spatial, *vector}) + sorted({*projected} - {*vector}):
+            raise ValueError(f"ActionModel: visual and projected name modalities that are not given: {unknown}")
+        # Two layers of weights near 0.001 in a row would pass on next to nothing, forwards and backwards.
+        self.projections = nn.ModuleDict({n: nn.Linear(vector[n], width) for n, width in projected.items()})
         self.enhancement = MutualEnhancement(
             spatial,
-            vector,
+            {**vector, **projected},
             latent_channels=latent_channels,
             num_scales=num_scales,
             reduction=reduction,
@@ -80,8 +90,8 @@ class ActionModel(nn.Module):
             cmc=METHODS[method]["cmc"],
             init=init,
         )
-        members = {VISUAL: tuple(spatial)} if spatial else {}
-        members.update({name: (name,) for name in vector})
+        members = {VISUAL: visual} if visual else {}
+        members.update({name: (name,) for name in (*spatial, *vector) if name not in visual})
         self.members = members
         adversarial = METHODS[method]["adversarial"]
         self.streams = nn.ModuleDict()
@@ -111,7 +121,11 @@ class ActionModel(nn.Module):
             beta: reversal of the (relation, clip, frame) discriminators' gradients.
         """
         clips, frames = next(iter(features.values())).shape[:2]
-        enhanced = self.enhancement({name: x.flatten(0, 1) for name, x in features.items()})
+        flat = {name: x.flatten(0, 1) for name, x in features.items()}
+        for name, layer in self.projections.items():
+            assert isinstance(layer, nn.Linear)
+            flat[name] = layer(flat[name].to(layer.weight.dtype))
+        enhanced = self.enhancement(flat)
         outputs = {}
         for stream, names in self.members.items():
             ta3n = self.streams[stream]

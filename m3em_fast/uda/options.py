@@ -12,10 +12,14 @@ import numpy as np
 import torch
 
 from m3em_fast import _cli, backends
+from m3em_fast.epic.models import MODELS
 from m3em_fast.uda.model import METHODS
 from m3em_fast.uda.run import UsageError
 
-__all__ = ["PRESETS", "Options", "parse", "resolve"]
+__all__ = ["PRESETS", "Options", "parse", "preset", "resolve"]
+
+Model = Literal["all", "A", "B", "C", "D", "baseline"]
+Protocol = Literal["digits", "val", "test"]
 
 
 @dataclass(frozen=True)
@@ -24,10 +28,14 @@ class Options:
 
     preset: Literal["digits", "epic"] = "digits"
     """Where defaults come from: the digits benchmark, or the EPIC-KITCHENS-100 UDA challenge as published."""
+    model: Model = "all"
+    """Which modalities are read: all, those of the report's Model A to D, or of the public baseline (one stream)."""
+    protocol: Protocol = "digits"
+    """Which splits train, and which are reported on; val and test are the challenge's, see docs/reproduce.md."""
     data: Path = Path("data/digits")
-    """Folder with a feature store for each of source_train, source_val, target_train and target_test."""
+    """Folder with a feature store, named after it, for each split of the protocol."""
     run: Path | None = None
-    """Folder for everything that this run writes. None: runs/<preset>-<method>-<first free number>."""
+    """Folder for everything that this run writes. None: runs/<preset>[-<model>-<protocol>]-<method>-<free number>."""
     resume: bool = False
     """Go on from the last checkpoint in --run, with the same options; the metrics become bitwise the same."""
     method: Literal["source_only", "ta3n", "ta3n_smr", "ta3n_cmc", "m3em"] = "m3em"
@@ -77,6 +85,8 @@ class Options:
     """r, bottleneck ratio of SMR's gates."""
     gate_bias: bool = False
     """Biases in SMR's gates."""
+    object_dim: int = 1024
+    """Channels that a linear layer brings the objects of --model B to."""
     fc_dim: int = 128
     """Width of TA3N's shared frame layer."""
     relation_dim: int = 64
@@ -91,12 +101,14 @@ PRESETS = {
     "digits": Options(),
     "epic": Options(
         preset="epic",
+        model="A",
+        protocol="val",
         data=Path("data/epic"),
         threads=0,
         epochs=30,
-        lr_steps=(10, 20),
+        lr_steps=(9, 19),  # the public baseline counts epochs from 1, and divides before the 10th and the 20th
         batch_source=128,
-        batch_target=207,
+        batch_target=202,
         latent=512,
         reduction=16,
         fc_dim=512,
@@ -106,24 +118,41 @@ PRESETS = {
 }
 
 
+# The public baseline's 128 * target clips // source clips: of 16115 and 26115; in PRESETS, of the 5002 and 7906 of val.
+_BATCH_TARGET = {"test": 207}
+
+
+def preset(name: str, model: Model, protocol: Protocol) -> Options:
+    """The defaults of a preset; of ``"epic"`` they depend on the model and the protocol too."""
+    options = PRESETS[name]
+    if name != "epic":
+        return options
+    if model in MODELS:
+        options = replace(options, lambda_d=MODELS[model].lambda_d, method=MODELS[model].method)
+    return replace(
+        options, model=model, protocol=protocol, batch_target=_BATCH_TARGET.get(protocol, options.batch_target)
+    )
+
+
 @dataclass(frozen=True)
-class _Preset:
+class _Chosen:
     preset: Literal["digits", "epic"] = "digits"
+    model: Model = PRESETS["epic"].model
+    protocol: Protocol = PRESETS["epic"].protocol
 
 
 def parse(arguments: Sequence[str], description: str | None = None) -> Options:
     """The command line over the defaults of its preset, which are therefore what --help shows."""
-    chosen, _ = _cli.cli(_Preset, arguments, prog="train.py", return_unknown_args=True, add_help=False)
-    options: Options = _cli.cli(
-        Options, arguments, prog="train.py", default=PRESETS[chosen.preset], description=description
-    )
+    chosen, _ = _cli.cli(_Chosen, arguments, prog="train.py", return_unknown_args=True, add_help=False)
+    default = preset(chosen.preset, chosen.model, chosen.protocol)
+    options: Options = _cli.cli(Options, arguments, prog="train.py", default=default, description=description)
     return options
 
 
 def resolve(options: Options) -> Options:
     """Settle what is left open, and refuse what cannot work."""
     positive = ("epochs", "batch_source", "batch_target", "save_every", "clip_gradient", "latent", "reduction")
-    for name in (*positive, "fc_dim", "relation_dim", *(("lr",) if options.lr is not None else ())):
+    for name in (*positive, "fc_dim", "relation_dim", "object_dim", *(("lr",) if options.lr is not None else ())):
         if not getattr(options, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}.")
     for name in ("lr", "clip_gradient", "weight_decay", "lambda_y", "lambda_d", "gamma", "beta"):

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["compare", "compare_backends", "draw_consensus", "draw_curves", "load_metrics", "print_table"]
 
 KINDS = ("verb", "noun", "action")
-SPLITS = {"source_val": "source validation", "target_test": "target test"}
+SPLITS = {"source_val": "source validation", "target_val": "target validation", "target_test": "target test"}
 FLOOR = "majority class"
 ORDER = ("source_only", "ta3n", "m3em")
 MAP_COLOURS = "RdYlGn"
@@ -55,7 +55,8 @@ def load_metrics(run: Path) -> dict[str, Any]:
     try:
         metrics = json.loads(path.read_text())
         compare([metrics])  # reads every number that the table will show
-        if not {"loss", "terms", *SPLITS} <= set(metrics["history"]):
+        known = {"loss", "terms", *metrics["results"]} <= set(metrics["history"])
+        if not known or metrics["floor"].keys() != metrics["results"].keys():
             raise ValueError
     except FileNotFoundError as error:
         raise ReportError(f"{path} does not exist: {run} holds no finished run of train.py.") from error
@@ -65,19 +66,33 @@ def load_metrics(run: Path) -> dict[str, Any]:
 
 
 def compare(runs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of "top-1 / top-5" in percent: the majority-class floor, then one row a run."""
-    header = ["method"] + [f"{SPLITS[split]}: {kind}" for split in SPLITS for kind in KINDS]
+    """Header and rows of "top-1 / top-5" in percent: the majority-class floor, then one row a run.
+
+    Raises:
+        ReportError: the runs report on different splits.
+    """
+    splits = list(runs[0]["results"])
+    for run in runs:
+        if list(run["results"]) != splits:
+            found = " and ".join(", ".join(m["results"]) or "no split" for m in (runs[0], run))
+            raise ReportError(f"runs that report on {found} do not stand in one table.")
+    header = ["method"] + [f"{SPLITS[split]}: {kind}" for split in splits for kind in KINDS]
 
     def row(name: str, scores: dict[str, dict[str, float]]) -> list[str]:
-        cells = [f"{scores[s][f'{k}_top1']:.1f} / {scores[s][f'{k}_top5']:.1f}" for s in SPLITS for k in KINDS]
+        cells = [f"{scores[s][f'{k}_top1']:.1f} / {scores[s][f'{k}_top5']:.1f}" for s in splits for k in KINDS]
         return [name, *cells]
 
-    return header, [row(FLOOR, runs[0]["floor"])] + [row(m["method"], m["results"]) for m in runs]
+    return header, [row(FLOOR, runs[0]["floor"])] + [row(_name(m), m["results"]) for m in runs]
+
+
+def _name(metrics: dict[str, Any]) -> str:
+    """A run's in a table: the method, of EPIC-KITCHENS with the model."""
+    return f"{metrics['model']}, {metrics['method']}" if "model" in metrics else metrics["method"]
 
 
 def ordering(runs: list[dict[str, Any]]) -> str | None:
     """Whether source_only < ta3n < m3em in target action top-1, in words; None where one of them is missing."""
-    found = {m["method"]: m["results"]["target_test"]["action_top1"] for m in runs}
+    found = {m["method"]: m["results"]["target_test"]["action_top1"] for m in runs if "target_test" in m["results"]}
     if any(name not in found for name in ORDER):
         return None
     values = [found[name] for name in ORDER]
@@ -109,6 +124,9 @@ def compare_backends(runs: list[Path], reference: Path) -> tuple[list[str], list
     """
     other = load_metrics(reference)
     method = other["method"]
+    target = next((split for split in other["results"] if split.startswith("target")), None)
+    if target is None:
+        raise ReportError(f"--reference {reference} reports no accuracies to compare.")
     found = [(run, own) for run in runs if (own := load_metrics(run))["method"] == method]
     if not found:
         raise ReportError(f"--reference {reference} is a run of {method}, and no other run is.")
@@ -119,10 +137,10 @@ def compare_backends(runs: list[Path], reference: Path) -> tuple[list[str], list
     if changed := sorted(name for name in {*how, *its_how} if how.get(name) != its_how.get(name)):
         name = changed[0].replace("_", "-")
         raise ReportError(f"--reference {reference} is not the same training as {run}: --{name} differs.")
-    header = ["ops served by", "seconds", *(f"{SPLITS['target_test']}: {kind}" for kind in KINDS)]
+    header = ["ops served by", "seconds", *(f"{SPLITS[target]}: {kind}" for kind in KINDS)]
     rows = []
     for name, time, metrics in ((served, seconds, own), (its_served, its_seconds, other)):
-        scores = metrics["results"]["target_test"]
+        scores = metrics["results"][target]
         cells = [f"{scores[f'{kind}_top1']:.1f} / {scores[f'{kind}_top5']:.1f}" for kind in KINDS]
         rows.append([name, f"{time:.1f}", *cells])
     losses = [np.array(metrics["history"]["loss"][:FIRST_LOSSES]) for metrics in (own, other)]
@@ -151,7 +169,12 @@ def print_table(runs: list[Path], reference: Path | None = None) -> list[dict[st
     times = None if reference is None else compare_backends(runs, reference)
     # A log file has no width of its own, and 80 columns would cut every cell in two.
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    console.print(_table("Accuracy in percent, top-1 / top-5, last epoch", *compare(metrics), dim=0))
+    header, rows = compare(metrics)
+    if len(header) > 1:
+        console.print(_table("Accuracy in percent, top-1 / top-5, last epoch", header, rows, dim=0))
+    for run, found in zip(runs, metrics, strict=True):
+        if not any(split.startswith("target") for split in found["results"]):
+            console.print(f"{run}: the target has no labels to compare with; its scores are in {run / 'scores'}.")
     if sentence := ordering(metrics):
         console.print(sentence)
     if times is not None:
@@ -177,23 +200,26 @@ def draw_curves(run: Path) -> Figure:
     """Loss terms and accuracies of a run over epochs, saved as ``curves.png``."""
     metrics = load_metrics(run)
     history = metrics["history"]
-    epochs = len(history["source_val"])
+    splits = list(metrics["results"])
+    epochs = max((len(history[split]) for split in splits), default=0)
     steps = max(1, len(history["terms"]) // max(1, epochs))
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    figure, row = plt.subplots(1, 1 + len(splits), figsize=(5 * (1 + len(splits)), 4.2), layout="constrained")
+    axes = np.atleast_1d(row)
     for name in history["terms"][0]:
         values = np.array([terms[name] for terms in history["terms"]])
         x = np.arange(1, len(values) + 1) / steps
         (line,) = axes[0].plot(x, values, alpha=0.2, linewidth=0.8)
         means = values[: epochs * steps].reshape(epochs, steps).mean(1)
         axes[0].plot(np.arange(1, epochs + 1) - 0.5, means, color=line.get_color(), label=name.replace("_", " "))
-    axes[0].set(title=f"{metrics['method']}: loss terms, summed over streams", xlabel="epoch")
+    axes[0].set(title=f"{_name(metrics)}: loss terms, summed over streams")
+    axes[0].set(xlabel="epoch" if splits else "share of the training")
     axes[0].legend(fontsize=8)
-    for axis, (split, title) in zip(axes[1:], SPLITS.items(), strict=True):
+    for axis, split in zip(axes[1:], splits, strict=True):
         for kind in KINDS:
             values = np.array([scores[f"{kind}_top1"] for scores in history[split]])
             axis.plot(np.arange(1, epochs + 1), values, marker=".", color=COLOURS[kind], label=kind)
             axis.axhline(metrics["floor"][split][f"{kind}_top1"], color=COLOURS[kind], linestyle=":", linewidth=1)
-        axis.set(title=f"{title}: top-1 (dotted: {FLOOR})", xlabel="epoch", ylabel="%", ylim=(0, 100))
+        axis.set(title=f"{SPLITS[split]}: top-1 (dotted: {FLOOR})", xlabel="epoch", ylabel="%", ylim=(0, 100))
         axis.legend(fontsize=8)
     figure.savefig(run / "curves.png", dpi=110)
     plt.close(figure)
