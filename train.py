@@ -12,12 +12,15 @@ it says when something is wrong is in docs/errors.md.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +28,8 @@ from typing import Any
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports below take seconds: no traceback of them at Ctrl-C
+if __name__ == "__main__" and "RANK" in os.environ:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # thirty lines to say that another process has ended
 
 from m3em_fast.data import _extra
 
@@ -36,6 +41,7 @@ import torch
 from tqdm import tqdm
 
 from m3em_fast import backends, env
+from m3em_fast.data.prefetch import Batch, BatchReader, Prefetch
 from m3em_fast.data.samplers import num_batches, paired_batches
 from m3em_fast.data.store import FeatureStore, StoreError
 from m3em_fast.epic import EpicError, write_scores
@@ -43,11 +49,17 @@ from m3em_fast.epic.models import MODELS, without_consensus
 from m3em_fast.ops.consensus_map import resolve_num_scales
 from m3em_fast.uda import METHODS, ActionModel, report, total_loss, warmup_coefficient
 from m3em_fast.uda.checkpoint import CheckpointError, random_state, restore, save_checkpoint
+from m3em_fast.uda.distributed import Team, first, joined, only_one_speaks
 from m3em_fast.uda.evaluation import evaluate, majority_floor, predict
-from m3em_fast.uda.losses import who_is_not_finite
+from m3em_fast.uda.losses import rows_not_finite, who_is_not_finite
 from m3em_fast.uda.options import Options, parse, resolve
-from m3em_fast.uda.run import CHECKPOINT, EventLog, StopSignals, UsageError, open_run, write_whole, writing
+from m3em_fast.uda.run import CHECKPOINT, EventLog, NoLog, StopSignals, UsageError, open_run, write_whole, writing
 from m3em_fast.uda.splits import Stores, labels_of, modalities_of, open_stores
+
+# What ends a run with its message as the one sentence and exit code 2.
+REFUSALS = (UsageError, StoreError, CheckpointError, EpicError, backends.BackendError, OSError)
+
+Pair = tuple[np.ndarray, np.ndarray | None]
 
 
 def build_model(options: Options, store: FeatureStore) -> ActionModel:
@@ -108,15 +120,18 @@ def pairing(options: Options, stores: Stores) -> tuple[int, int | None, int, int
     return len(stores.source), num_target, options.batch_source, options.batch_target
 
 
-def read_batch(
-    stores: Stores, model: ActionModel, source: np.ndarray, target: np.ndarray | None
-) -> dict[str, torch.Tensor]:
-    """Features of source clips, then of target clips: modality -> (clips, frames, C, H, W) or (clips, frames, C)."""
-    features = stores.source.read(source, model.modalities, frames=model.num_segments)
-    if target is not None:
-        more = stores.target.read(target, model.modalities, frames=model.num_segments)
-        features = {name: torch.cat([x, more[name]]) for name, x in features.items()}
-    return features
+def batches(pairs: Iterable[Pair], reader: BatchReader, team: Team) -> Iterator[tuple[Pair, Pair, Batch]]:
+    """The clips of each step, source and target; this process's share of them; the share's features, source first,
+    which are read while the step before is computed."""
+
+    def shares() -> Iterator[tuple[Pair, Pair]]:
+        for source, target in pairs:
+            own = source[team.share(len(source))], None if target is None else target[team.share(len(target))]
+            yield (source, target), own
+
+    with Prefetch(shares(), lambda item, room: reader(item[1], room), workers=1) as ahead:
+        for (pair, own), features in ahead:
+            yield pair, own, features
 
 
 def half_precision(options: Options) -> AbstractContextManager:
@@ -125,23 +140,34 @@ def half_precision(options: Options) -> AbstractContextManager:
 
 
 def train(options: Options) -> Path:
-    options = resolve(options)
+    with joined(options.device, REFUSALS) as team:  # of one process, but for torchrun
+        return run_of(resolve(options), team)
+
+
+def run_of(options: Options, team: Team) -> Path:
     stores = open_stores(options.data, options.protocol, options.model)
     plan = stores.plan
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     model = build_model(options, stores.source).to(options.device)
+    fixed = {name: x for name, x in asdict(options).items() if name not in ("run", "resume")}
+    fixed = json.loads(json.dumps(fixed, default=str))
+    team.agree(fixed, {split: store.fingerprint for split, store in stores.items()})
     names = [options.preset, *((options.model, options.protocol) if plan.scored else ()), options.method]
     # After everything that can be refused, so that a refusal leaves no folder behind.
-    with open_run(options.run, "-".join(names), options.resume) as run:
-        fixed = {name: x for name, x in asdict(options).items() if name not in ("run", "resume")}
-        fixed = json.loads(json.dumps(fixed, default=str))
-        if sentence := left_out(options, stores.source):
+    with open_run(options.run, "-".join(names), options.resume) if team.first else nullcontext(Path()) as run:
+        run = Path(team.of_first(str(run)))
+        if (sentence := left_out(options, stores.source)) and team.first:
             print(f"train.py: {sentence}", file=sys.stderr)
         start = time.perf_counter()
-        history = fit(options, fixed, stores, model, run)
-        environment = {"seconds": time.perf_counter() - start, "environment": env.report()}
+        history = fit(options, fixed, stores, model, run, team)
+        if plan.scored:
+            store_scores(options, stores, model, run, team)
+        if not team.first:
+            return run
+        seconds = time.perf_counter() - start
+        environment = {"seconds": seconds, "processes": team.size, "environment": env.report()}
         about = {"options": fixed, "data": stores.source.meta, **environment}
         metrics: dict[str, Any] = {
             "method": options.method,
@@ -152,7 +178,6 @@ def train(options: Options) -> Path:
         if plan.scored:
             metrics |= {"model": options.model, "protocol": options.protocol}
             about["left_out"] = sentence
-            store_scores(options, stores, model, run)
         write_whole(run / "run.json", (json.dumps(about, indent=1, default=str) + "\n").encode())
         write_whole(run / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
         with writing(run / "curves.png"):
@@ -163,20 +188,23 @@ def train(options: Options) -> Path:
     return run
 
 
-def store_scores(options: Options, stores: Stores, model: ActionModel, run: Path) -> None:
+def store_scores(options: Options, stores: Stores, model: ActionModel, run: Path, team: Team) -> None:
     """Logits of every clip of the protocol's scored splits, for ensembles and the submission, under ``run``/scores."""
     said = {name: getattr(options, name) for name in ("protocol", "model", "method", "seed", "epochs")}
+    device, autocast = torch.device(options.device), half_precision(options)
     for split in stores.plan.scored:
         store, folder = stores[split], run / "scores" / split
-        verb, noun = predict(
-            model, store, batch=512, device=torch.device(options.device), autocast=half_precision(options)
-        )
+        verb, noun = predict(model, store, batch=512, device=device, autocast=autocast, team=team)
+        if not team.first:
+            continue
         if folder.is_dir():
             shutil.rmtree(folder)  # of this very run, which had ended and was resumed
         write_scores(folder, store.clips, verb, noun, {"split": split, **said, "features": store.fingerprint})
 
 
-def fit(options: Options, fixed: dict[str, Any], stores: Stores, model: ActionModel, run: Path) -> dict[str, list]:
+def fit(
+    options: Options, fixed: dict[str, Any], stores: Stores, model: ActionModel, run: Path, team: Team
+) -> dict[str, list]:
     """The training itself, from the start or the checkpoint; the losses of all steps, the scores of all epochs."""
     assert options.lr is not None
     plan = stores.plan
@@ -194,38 +222,53 @@ def fit(options: Options, fixed: dict[str, Any], stores: Stores, model: ActionMo
     history: dict[str, list] = {"loss": [], "terms": [], **{split: [] for split in plan.reported}}
     first_epoch, first_step = 0, 0
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    if options.resume and (run / CHECKPOINT).exists():
+    several = team.size > 1
+    reader = BatchReader(
+        [stores.source, stores.target], model.modalities, model.num_segments, pin_memory=device.type == "cuda"
+    )
+    shared = team.wrap(model, reader([np.arange(0), None]), device, options.seed) if several else model
+    if options.resume and team.of_first((run / CHECKPOINT).exists()):
         history, first_epoch, first_step = restore(
-            run / CHECKPOINT, fixed, data, plan.reported, **parts, device=device, epochs=options.epochs, steps=steps
+            run / CHECKPOINT,
+            fixed,
+            data,
+            plan.reported,
+            **parts,
+            device=device,
+            epochs=options.epochs,
+            steps=steps,
+            team=team,
         )
     done, total = first_epoch * steps + first_step, options.epochs * steps
     with (
-        StopSignals(run) as stop,
-        EventLog(run, purge_step=done) as log,
-        tqdm(total=total, initial=done, desc=options.method, unit="step") as bar,
+        StopSignals(run, several) as stop,
+        EventLog(run, purge_step=done) if team.first else NoLog() as log,
+        tqdm(total=total, initial=done, desc=options.method, unit="step", disable=not team.first) as bar,
     ):
 
         def save(epoch: int, step: int) -> None:
             log.flush()  # first, so that the log lacks no step that will not be done again
             states = {name: part.state_dict() for name, part in parts.items()}
-            position = {"epoch": epoch, "step": step, "random": random_state(device)}
-            save_checkpoint(
-                run / CHECKPOINT, {**states, **position, "history": history, "options": fixed, "data": data}
-            )
+            position = {"epoch": epoch, "step": step, "random": random_state(device, team)}
+            if team.first:
+                save_checkpoint(
+                    run / CHECKPOINT, {**states, **position, "history": history, "options": fixed, "data": data}
+                )
 
         for epoch in range(first_epoch, options.epochs):
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * 0.1 ** sum(epoch >= s for s in options.lr_steps)
             model.train()
-            for step, (source, target) in enumerate(paired_batches(*pair, seed=options.seed, epoch=epoch)):
-                if epoch == first_epoch and step < first_step:
-                    continue
+            begin = first_step if epoch == first_epoch else 0
+            pairs = itertools.islice(paired_batches(*pair, seed=options.seed, epoch=epoch), begin, None)
+            for step, ((source, target), (own, _), features) in enumerate(batches(pairs, reader, team), begin):
                 # The public baseline counts epochs from 1 and divides by the run's own length; see docs/decisions.md.
                 warmup = warmup_coefficient((step + (epoch + 1) * steps) / total)
-                features = read_batch(stores, model, source, target)
-                verb, noun = (source_labels[kind][source].to(device) for kind in ("verb", "noun"))
+                # Losses are sums over this process's share, divided by the clips that all have.
+                verb, noun = (source_labels[kind][own].to(device) for kind in ("verb", "noun"))
+                features = {name: x.to(device, non_blocking=True) for name, x in features.items()}
                 with autocast:
-                    out = model({n: x.to(device) for n, x in features.items()}, [warmup * b for b in options.beta])
+                    out = shared(features, [warmup * b for b in options.beta])
                     loss, terms = total_loss(
                         out.streams,
                         verb,
@@ -233,8 +276,10 @@ def fit(options: Options, fixed: dict[str, Any], stores: Stores, model: ActionMo
                         lambda_y=options.lambda_y,
                         lambda_d=options.lambda_d,
                         gamma=options.gamma,
+                        of=(len(source), 0 if target is None else len(target)),
                     )
-                value = loss.item()
+                sums, stop.agreed = team.step({"loss": loss, **terms}, stop.came)
+                value = sums.pop("loss")
                 optimizer.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
@@ -243,16 +288,17 @@ def fit(options: Options, fixed: dict[str, Any], stores: Stores, model: ActionMo
                 if not math.isfinite(value) or not (scaler.is_enabled() or norm.isfinite()):
                     clips = [stores.source.clips[i] for i in source]
                     clips += [stores.target.clips[i] for i in (() if target is None else target)]
+                    bad = team.rows(rows_not_finite((out.verb, out.noun)), len(source), len(clips))
                     raise UsageError(
                         f"loss is {value}, its gradient's norm {norm:.4g}, at epoch {epoch + 1} step {step} "
-                        f"({who_is_not_finite(terms, (out.verb, out.noun), clips)})."
+                        f"({who_is_not_finite(sums, bad, clips)})."
                     )
                 scaler.step(optimizer)
                 scaler.update()
 
                 history["loss"].append(value)
-                history["terms"].append({name: x.item() for name, x in terms.items()})
-                for name, x in history["terms"][-1].items():
+                history["terms"].append(sums)
+                for name, x in sums.items():
                     log.add_scalar(f"loss/{name}", x, epoch * steps + step)
                 bar.update()
                 bar.set_postfix(epoch=epoch + 1, loss=f"{value:.3f}", refresh=False)
@@ -262,7 +308,13 @@ def fit(options: Options, fixed: dict[str, Any], stores: Stores, model: ActionMo
             with stop.at_once():  # the state is saved, and evaluating changes nothing of it
                 scores = {
                     split: evaluate(
-                        model, stores[split], batch=512, device=device, autocast=autocast, challenge=bool(plan.scored)
+                        model,
+                        stores[split],
+                        batch=512,
+                        device=device,
+                        autocast=autocast,
+                        challenge=bool(plan.scored),
+                        team=team,
                     )
                     for split in plan.reported
                 }
@@ -279,14 +331,18 @@ def main() -> int:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        run = train(parse(sys.argv[1:], __doc__))
-        report.print_table([run])
-    except (UsageError, StoreError, CheckpointError, EpicError, backends.BackendError, OSError) as error:
+        with only_one_speaks():
+            options = parse(sys.argv[1:], __doc__)
+        run = train(options)
+        if first():
+            report.print_table([run])
+    except REFUSALS as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         said = str(error) or "interrupted; --run with --resume goes on from the last checkpoint."
-        print(f"train.py: {said}", file=sys.stderr)
+        with only_one_speaks():
+            print(f"train.py: {said}", file=sys.stderr)
         return 128 + getattr(error, "signal", signal.SIGINT)
     return 0
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import train
+from m3em_fast.data.prefetch import BatchReader
 from m3em_fast.data.store import FeatureStore, FeatureStoreWriter, Modality
 from m3em_fast.epic.models import MODELS, without_consensus
 from m3em_fast.uda import ActionModel, total_loss
+from m3em_fast.uda.distributed import ALONE
 from m3em_fast.uda.options import PRESETS
 from m3em_fast.uda.splits import PROTOCOLS
 
@@ -81,8 +83,10 @@ def test_what_a_model_reads_and_which_streams_it_makes(store, name):
 
 def test_a_model_reads_the_middle_frames_of_five_segments(store):
     model = train.build_model(options("B"), store)
-    stores = SimpleNamespace(source=store, target=store)
-    read = train.read_batch(stores, model, np.array([1]), np.array([2]))
+    ((pair, own, read),) = train.batches(
+        [(np.array([1]), np.array([2]))], BatchReader([store, store], model.modalities, model.num_segments), ALONE
+    )
+    assert pair == own
     every = store.read([1, 2])
     for name in ("Audio", "Objects"):
         assert torch.equal(read[name], every[name][:, [2, 7, 12, 17, 22]])

@@ -31,6 +31,8 @@ HELPING = [
     *SAYING,
     "m3em_fast/data/_writer.py",
     "m3em_fast/_cli.py",
+    "m3em_fast/uda/_pulse.py",
+    "m3em_fast/uda/distributed.py",
     "m3em_fast/uda/losses.py",
     "m3em_fast/backends.py",
 ]

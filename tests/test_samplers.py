@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from m3em_fast.data.samplers import num_batches, paired_batches
+from m3em_fast.data.samplers import num_batches, paired_batches, shard
 
 
 def epoch(ns=23, nt=40, bs=5, bt=8, seed=3, number=1):
@@ -58,3 +58,13 @@ def test_refuses_empty(name):
 def test_refuses_negative_seed():
     with pytest.raises(ValueError, match="must not be negative, got -1 and 0"):
         paired_batches(4, 4, 2, 2, seed=-1, epoch=0)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 7])
+def test_shares_are_the_whole_in_order_and_as_even_as_can_be(parts):
+    for count in (0, 1, 2, 5, 6, 44, 128, 207):
+        batch = np.random.default_rng(count).permutation(count)
+        shares = [batch[shard(count, part, parts)] for part in range(parts)]
+        assert np.array_equal(np.concatenate(shares), batch)
+        sizes = [len(share) for share in shares]
+        assert max(sizes) - min(sizes) <= 1 and (count >= parts or 0 in sizes)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from m3em_fast.data.store import FeatureStore, FeatureStoreWriter, Modality
 from m3em_fast.uda import METHODS, TA3N, ActionModel, action_scores, fuse, grad_reverse, stream_losses, total_loss
 from m3em_fast.uda.evaluation import METRICS, accuracies, evaluate, majority_floor, predict
 
@@ -177,6 +178,36 @@ def test_total_loss_weighs_each_kind_of_term_over_all_streams():
         assert not value.requires_grad
 
 
+@pytest.mark.parametrize("method", ["source_only", "m3em"])
+@pytest.mark.parametrize("cuts", [(0, 2, 3, 3, 6), (0, 0, 3, 5, 6), (0, 1, 3, 6, 6)])
+def test_the_losses_of_shares_add_up_to_those_of_the_whole(method, cuts):
+    """Three source clips, of which shares may be uneven or empty, then three target clips, and all gradients."""
+    model, features = make_model(method, dropout_i=0.0, dropout_v=0.0), make_features()
+    verb, noun = torch.tensor([0, 1, 2]), torch.tensor([5, 4, 3])
+    weights = list(model.parameters())
+
+    def losses(source, target, of):
+        rows = [*source, *target]
+        out = model({name: x[rows] for name, x in features.items()})
+        loss, terms = total_loss(out.streams, verb[source], noun[source], gamma=0.5, lambda_y=2.0, of=of)
+        return loss, terms, torch.autograd.grad(loss, weights)
+
+    loss, terms, gradients = losses([0, 1, 2], [3, 4, 5], None)
+    shares = [
+        losses(list(range(*cuts[:2])), [], (3, 3)),
+        losses(list(range(*cuts[1:3])), [3, 4, 5][: cuts[3] - 3], (3, 3)),
+    ]
+    shares.append(losses([], list(range(*cuts[3:])), (3, 3)))
+    shares.append(losses([], [], (3, 3)))
+    torch.testing.assert_close(sum(share[0] for share in shares), loss)
+    for name, value in terms.items():
+        torch.testing.assert_close(sum(share[1][name] for share in shares), value)
+    for number, gradient in enumerate(gradients):
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(sum(share[2][number] for share in shares), gradient, rtol=0, atol=1e-5 * scale)
+    assert all(not x.any() for x in shares[-1][2]) and shares[-1][0] == 0
+
+
 def test_beta_scales_what_reaches_the_features_and_nothing_else():
     features = {name: x.requires_grad_() for name, x in make_features().items()}
     model = make_model(dropout_i=0.0, dropout_v=0.0)
@@ -242,25 +273,22 @@ def test_majority_floor():
     assert majority_floor(np.array([0, 1]), np.array([2, 0]))["action_top1"] == 50.0
 
 
-class Clips:
-    """As much of a feature store as the evaluation reads; every clip has its features and labels of its own."""
-
-    def __init__(self, clips=11):
-        self.features = make_features(clips)
-        self.labels = {"verb": np.arange(clips) % 4, "noun": np.arange(clips) % 6}
-
-    def __len__(self):
-        return len(self.features["RGB"])
-
-    def read(self, indices, modalities, *, frames):
-        assert frames == 5
-        return {name: self.features[name][torch.from_numpy(indices)] for name in modalities}
+def clips(path, count=11):
+    """A feature store; every clip has its features and labels of its own."""
+    features = {name: x.half().numpy() for name, x in make_features(count).items()}
+    labels = {"verb": np.arange(count) % 4, "noun": np.arange(count) % 6}
+    kinds = {name: "map" if x.ndim == 5 else "vector" for name, x in features.items()}
+    with FeatureStoreWriter(
+        path, {n: Modality(kinds[n], *x.shape[1:]) for n, x in features.items()}, {"verb": 4, "noun": 6}
+    ) as writer:
+        writer.append([f"clip_{i}" for i in range(count)], features, labels)
+    return FeatureStore(path)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_prediction_is_the_model_in_eval_mode_clip_by_clip_whatever_the_batch(training):
-    model, store = make_model(), Clips()
-    wanted = model.eval()(store.features)
+def test_prediction_is_the_model_in_eval_mode_clip_by_clip_whatever_the_batch(tmp_path, training):
+    model, store = make_model(), clips(tmp_path / "clips")
+    wanted = model.eval()(store.read(range(11)))
     model.train(training)
     context = {"device": torch.device("cpu"), "autocast": torch.autocast("cpu", enabled=False)}
     for batch in (1, 4, 11, 512):
@@ -276,8 +304,8 @@ def test_prediction_is_the_model_in_eval_mode_clip_by_clip_whatever_the_batch(tr
         evaluate(model, store, batch=4, **context)
 
 
-def test_prediction_takes_the_precision_it_is_given_and_returns_float32():
-    model, store = make_model(), Clips()
+def test_prediction_takes_the_precision_it_is_given_and_returns_float32(tmp_path):
+    model, store = make_model(), clips(tmp_path / "clips")
     cpu = torch.device("cpu")
     full, _ = predict(model, store, batch=8, device=cpu, autocast=torch.autocast("cpu", enabled=False))
     half, _ = predict(model, store, batch=8, device=cpu, autocast=torch.autocast("cpu", dtype=torch.bfloat16))

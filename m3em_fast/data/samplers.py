@@ -23,6 +23,15 @@ def num_batches(num_source: int, num_target: int | None, batch_source: int, batc
     return source if num_target is None else min(source, -(-num_target // batch_target))
 
 
+def shard(count: int, part: int, parts: int) -> slice:
+    """Which of ``count`` things in a row belong to one of ``parts`` processes.
+
+    The shares of all are the whole, in order and without overlap; no two differ by more than one. Where there are fewer
+    things than processes, some are empty.
+    """
+    return slice(count * part // parts, count * (part + 1) // parts)
+
+
 def paired_batches(
     num_source: int,
     num_target: int | None,

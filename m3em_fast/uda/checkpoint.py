@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m3em_fast.uda.distributed import ALONE, Team
 from m3em_fast.uda.evaluation import METRICS
 from m3em_fast.uda.run import UsageError, write_whole
 
@@ -33,18 +35,29 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is one sentence."""
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """State of the generators that training draws from, as tensors."""
+def random_state(device: torch.device, team: Team = ALONE) -> dict[str, Tensor]:
+    """State of the generators that training draws from, as tensors: of one process (bytes,), of a ``team`` of several
+    (processes, bytes)."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+    return {name: team.stacked(x) for name, x in state.items()}
 
 
-def restore_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+def restore_random_state(state: dict[str, Tensor], device: torch.device, team: Team = ALONE) -> int:
+    """Put back this process's part of a state, and return how many processes it is of; where these are not as many as
+    there are now, nothing is put back."""
+    for name, x in random_state(device).items():
+        if name in state and (state[name].shape[-1:] != x.shape or state[name].dtype != x.dtype):
+            raise ValueError(f"no state of a generator: {name}")
+    processes = len(state["cpu"]) if state["cpu"].dim() == 2 else 1
+    if processes == team.size:
+        # Copied: torch reads a state from the beginning of its storage, and beyond its end.
+        own = {name: (x[team.rank] if x.dim() == 2 else x).clone() for name, x in state.items()}
+        torch.set_rng_state(own["cpu"])
+        if device.type == "cuda" and "cuda" in own:
+            torch.cuda.set_rng_state(own["cuda"], device)
+    return processes
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -55,7 +68,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     write_whole(path, memory.getbuffer())
 
 
-def _check_sums(path: Path) -> None:
+def _check_sums(path: Path | io.BytesIO) -> None:
     """torch writes checksums and does not read them: a flipped bit would be trained on."""
     with zipfile.ZipFile(path) as archive:
         # Nothing that torch writes is packed; what is could be a thousand times its size.
@@ -65,19 +78,26 @@ def _check_sums(path: Path) -> None:
         raise ValueError(f"{damaged} is damaged")
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, team: Team = ALONE) -> dict[str, Any]:
     """Read a checkpoint of :func:`save_checkpoint` with ``weights_only=True``.
+
+    Of a ``team`` the first process alone reads the file, which other machines need not have.
 
     Raises:
         CheckpointError: the file is damaged, holds more than tensors and plain values, or comes from another version.
     """
-    if not path.is_file():
+    if team.first and not path.is_file():
         raise CheckpointError(f"{path} is no ordinary file.")
+    file: Path | io.BytesIO = path
+    if team.size > 1:
+        file = io.BytesIO(team.told(path.read_bytes() if team.first else None))
     try:
-        _check_sums(path)
+        _check_sums(file)
+        if isinstance(file, io.BytesIO):
+            file.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of what a foreign pickle might hold just before refusing it
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch raises here depends on which byte is wrong
         reason = str(error).splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path} is no readable checkpoint of train.py ({reason:.200}).") from error
@@ -105,6 +125,7 @@ def restore(
     device: torch.device,
     epochs: int,
     steps: int,
+    team: Team = ALONE,
 ) -> tuple[dict[str, list], int, int]:
     """Put the state of a checkpoint into what trains.
 
@@ -114,6 +135,8 @@ def restore(
         data: split -> fingerprint of the store that it goes on with.
         reported: splits whose accuracies the history has.
         epochs, steps: how many there are in all, and in each epoch.
+        team: the processes, all of which call this. They may be more or fewer than those that trained before: only
+            the random numbers are then others.
 
     Returns:
         history, epoch and step of the checkpoint.
@@ -122,7 +145,7 @@ def restore(
         UsageError: the run was started with other options or on other data.
         CheckpointError: as in :func:`load_checkpoint`, or the state is not one of this run.
     """
-    state = load_checkpoint(path)
+    state = load_checkpoint(path, team)
     found, epoch, step = state["options"], state["epoch"], state["step"]
     if not (isinstance(found, dict) and _plain(found)):
         raise CheckpointError(f"{path} does not say with what options the run was started.")
@@ -157,9 +180,14 @@ def restore(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         scaler.load_state_dict(state["scaler"])
-        restore_random_state(state["random"], device)
+        processes = restore_random_state(state["random"], device, team)
     except Exception as error:  # a state that was not written by save_checkpoint fails in any way it likes
         raise CheckpointError(f"{path} does not fit this model; was it trained on other data, or altered?") from error
+    if processes != team.size:
+        team.seed(options.get("seed", 0), epoch, step)
+        if team.first:
+            said = f"{path.parent} was trained in {processes} processes and goes on in {team.size}, with other dropout."
+            print(f"train.py: {said}", file=sys.stderr)
     return state["history"], epoch, step
 
 

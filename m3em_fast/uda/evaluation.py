@@ -11,8 +11,10 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy
 from tqdm import tqdm
 
+from m3em_fast.data.prefetch import BatchReader, Prefetch
 from m3em_fast.epic.scores import log_softmax
 from m3em_fast.epic.scoring import top_actions, top_classes
+from m3em_fast.uda.distributed import ALONE, Team
 from m3em_fast.uda.fusion import action_scores
 
 if TYPE_CHECKING:
@@ -72,22 +74,43 @@ def majority_floor(verb: np.ndarray, noun: np.ndarray) -> dict[str, float]:
 
 @torch.no_grad()
 def predict(
-    model: ActionModel, store: FeatureStore, *, batch: int, device: torch.device, autocast: AbstractContextManager
+    model: ActionModel,
+    store: FeatureStore,
+    *,
+    batch: int,
+    device: torch.device,
+    autocast: AbstractContextManager,
+    team: Team = ALONE,
 ) -> tuple[Tensor, Tensor]:
-    """Fused float32 logits, (clips, verbs) and (clips, nouns), of a whole store."""
+    """Fused float32 logits, (clips, verbs) and (clips, nouns), of a whole store.
+
+    With a ``team`` each of its processes predicts a share of the clips, and all of them get the logits of all.
+    """
     training = model.training
     model.eval()
     verbs, nouns = [], []
     # delay: no bar for what takes under two seconds anyway.
-    for start in tqdm(range(0, len(store), batch), "evaluate", unit="batch", leave=False, delay=2):
-        indices = np.arange(start, min(start + batch, len(store)))
-        features = store.read(indices, model.modalities, frames=model.num_segments)
-        with autocast:
-            out = model({name: x.to(device) for name, x in features.items()})
-        verbs.append(out.verb.float().cpu())
-        nouns.append(out.noun.float().cpu())
+    own = np.arange(len(store))[team.share(len(store))]
+    # At least one batch, if an empty one: a share may be, and its logits have a width too.
+    parts = [(own[start : start + batch],) for start in range(0, len(own) or 1, batch)]
+    reader = BatchReader([store], model.modalities, model.num_segments, pin_memory=device.type == "cuda")
+    with Prefetch(parts, reader, workers=1) as batches:
+        for _, features in tqdm(
+            batches, "evaluate", len(parts), unit="batch", leave=False, delay=2, disable=not team.first
+        ):
+            with autocast:
+                out = model({name: x.to(device, non_blocking=True) for name, x in features.items()})
+            verbs.append(out.verb.float().cpu())
+            nouns.append(out.noun.float().cpu())
     model.train(training)
-    return torch.cat(verbs), torch.cat(nouns)
+    logits = torch.cat(verbs), torch.cat(nouns)
+    if team.size == 1:
+        return logits
+    whole = tuple(x.new_zeros((len(store), x.shape[1])) for x in logits)
+    for all_of_them, x in zip(whole, logits, strict=True):
+        all_of_them[team.share(len(store))] = x
+        team.sum(all_of_them)  # every clip is in one process's share: nothing is added to anything but 0
+    return whole[0], whole[1]
 
 
 def evaluate(
@@ -98,10 +121,14 @@ def evaluate(
     device: torch.device,
     autocast: AbstractContextManager,
     challenge: bool = False,
+    team: Team = ALONE,
 ) -> dict[str, float]:
-    """Accuracies of the model on a labelled store, in percent; ``challenge``: :func:`challenge_accuracies`."""
+    """Accuracies of the model on a labelled store, in percent; ``challenge``: :func:`challenge_accuracies`.
+
+    ``team`` as in :func:`predict`.
+    """
     if store.labels is None:
         raise ValueError(f"evaluate: the feature store of {len(store)} clips has no labels to compare with")
-    verb, noun = predict(model, store, batch=batch, device=device, autocast=autocast)
+    verb, noun = predict(model, store, batch=batch, device=device, autocast=autocast, team=team)
     count = challenge_accuracies if challenge else accuracies
     return count(verb, noun, torch.from_numpy(store.labels["verb"]), torch.from_numpy(store.labels["noun"]))

@@ -16,7 +16,17 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["CHECKPOINT", "EventLog", "StopSignals", "Stopped", "UsageError", "open_run", "write_whole", "writing"]
+__all__ = [
+    "CHECKPOINT",
+    "EventLog",
+    "NoLog",
+    "StopSignals",
+    "Stopped",
+    "UsageError",
+    "open_run",
+    "write_whole",
+    "writing",
+]
 
 CHECKPOINT, LOCK = "checkpoint.pt", ".lock"
 # What a run may leave that ends before its first checkpoint.
@@ -166,6 +176,22 @@ class EventLog(SummaryWriter):
             threading.excepthook = self._hook
 
 
+class NoLog:
+    """In place of :class:`EventLog` in a process that writes nothing."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add_scalar(self, *arguments: Any, **options: Any) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+
 class Stopped(KeyboardInterrupt):
     """The run was asked to end, and its state is saved.
 
@@ -182,15 +208,18 @@ class Stopped(KeyboardInterrupt):
 class StopSignals:
     """In its block Ctrl-C, and SIGTERM as schedulers send it, wait until the run asks for them.
 
-    A second Ctrl-C does not wait. A second SIGTERM does: timeout(1) sends it twice.
+    A second Ctrl-C does not wait. A second SIGTERM does: timeout(1) sends it twice. Nor is there hurry where several
+    processes train: torchrun passes on each Ctrl-C that they have had from the terminal.
 
     Attributes:
-        asked: the signal that came; None before.
+        came: the signal that this process got; None before.
+        agreed: the signal that any process of several got, as of the last step; each of them then ends at that step.
     """
 
-    def __init__(self, run: Path) -> None:
-        self.run = run
-        self.asked: int | None = None
+    def __init__(self, run: Path, several: bool = False) -> None:
+        self.run, self.several = run, several
+        self.came: int | None = None
+        self.agreed: int | None = None
         self._waits = True
         self._before: dict[int, Any] = {}
 
@@ -207,10 +236,15 @@ class StopSignals:
             signal.signal(number, before)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        again = self.asked is not None and number == signal.SIGINT
-        self.asked = number
+        again = self.came is not None and number == signal.SIGINT and not self.several
+        self.came = number
         if again or not self._waits:
             raise Stopped(number, self.run)
+
+    @property
+    def asked(self) -> int | None:
+        """The signal by which the run is asked to end; None before."""
+        return self.agreed if self.several else self.came
 
     def check(self) -> None:
         """End here if a signal came."""
