@@ -313,6 +313,17 @@ void gated_projection_backward(const py::object &x, const py::sequence &gates, c
     m3em::kernels().gated_projection_backward(o);
 }
 
+void uint8_features(uintptr_t from, uintptr_t steps, uintptr_t to, int64_t frames, int64_t channels,
+                    int64_t positions) {
+    m3em::Uint8Features o;
+    o.from = reinterpret_cast<const uint8_t *>(from);
+    o.steps = reinterpret_cast<const float *>(steps);
+    o.to = reinterpret_cast<void *>(to);
+    o.frames = frames, o.channels = channels, o.positions = positions;
+    py::gil_scoped_release released;
+    m3em::kernels().uint8_features(o);
+}
+
 } // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -338,5 +349,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("consensus_pool_backward", &consensus_pool_backward);
     module.def("gated_projection_forward", &gated_projection_forward);
     module.def("gated_projection_backward", &gated_projection_backward);
+    module.def("uint8_features", &uint8_features,
+               "Makes float16 of uint8 (frames, C, positions) and a step a channel.");
     m3em::bind_cuda(module);
 }

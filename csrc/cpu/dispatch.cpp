@@ -17,7 +17,7 @@ namespace {
     Kernels {                                                                                                          \
         #isa, isa::channel_gate_forward, isa::channel_gate_backward, isa::consensus_map_forward,                       \
             isa::consensus_map_backward, isa::consensus_pool_forward, isa::consensus_pool_backward,                    \
-            isa::gated_projection_forward, last::gated_projection_backward                                             \
+            isa::gated_projection_forward, last::gated_projection_backward, isa::uint8_features                        \
     }
 
 const Kernels every[] = {

@@ -71,6 +71,14 @@ struct GatedProjection {
     int threads = 1;
 };
 
+// No op: what a feature store reads. One thread, for others read beside it.
+struct Uint8Features {
+    const uint8_t *from = nullptr; // frames times (C, positions)
+    const float *steps = nullptr;  // (C)
+    void *to = nullptr;            // float16, like from
+    int64_t frames = 0, channels = 0, positions = 0;
+};
+
 #define M3EM_DECLARE_KERNELS(isa)                                                                                      \
     namespace isa {                                                                                                    \
     void channel_gate_forward(const ChannelGate &);                                                                    \
@@ -81,6 +89,7 @@ struct GatedProjection {
     void consensus_pool_backward(const ConsensusPool &);                                                               \
     void gated_projection_forward(const GatedProjection &);                                                            \
     void gated_projection_backward(const GatedProjection &);                                                           \
+    void uint8_features(const Uint8Features &);                                                                        \
     }
 
 M3EM_DECLARE_KERNELS(plain)
@@ -100,6 +109,7 @@ struct Kernels {
     void (*consensus_pool_backward)(const ConsensusPool &);
     void (*gated_projection_forward)(const GatedProjection &);
     void (*gated_projection_backward)(const GatedProjection &);
+    void (*uint8_features)(const Uint8Features &);
 };
 
 const Kernels &kernels();
