@@ -141,7 +141,7 @@ def test_one_version_and_few_requirements(unpacked):
     assert metadata(unpacked)["Requires-Python"] == ">=3.10"
     wanted = metadata(unpacked).get_all("Requires-Dist")
     assert {line for line in wanted if ";" not in line} == {"torch>=2.7", "numpy>=1.26"}
-    assert set(metadata(unpacked).get_all("Provides-Extra")) == {"train", "features", "triton", "dev"}
+    assert set(metadata(unpacked).get_all("Provides-Extra")) == {"train", "epic", "features", "triton", "dev"}
     assert all(re.search(r"extra == ['\"]\w+['\"]", line) for line in wanted if ";" in line)
 
 

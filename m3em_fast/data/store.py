@@ -262,7 +262,7 @@ class _Widener:
     def __call__(self, shard: Shard, out: np.ndarray) -> None:
         if shard is not self._shard:
             steps = np.array(shard.scale, np.float32).reshape(-1, *[1] * (len(self._shape) - 2))
-            whole = torch.from_numpy(np.ascontiguousarray(np.broadcast_to(steps, self._shape)))
+            whole = torch.from_numpy(np.array(np.broadcast_to(steps, self._shape)))
             self._shard, self._steps = shard, whole.flatten().split(_PIECE)
         made = torch.from_numpy(out).flatten().split(_PIECE)
         for part, step, target in zip(self._parts, self._steps, made, strict=True):
