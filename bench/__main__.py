@@ -3,6 +3,7 @@
     python -m bench                                   everything, at the size of a step of the paper (half an hour)
     python -m bench consensus_map --dtype float32 float16
     python -m bench --quick                           whether it all runs; the figures mean nothing
+    python -m bench tune                              on a card: sizes of blocks for the Triton kernels (bench/tune.py)
 
 All providers take turns, and ratios are taken within a turn, so that a busy machine is busy for all of them. Nothing
 is timed before its results and gradients have been compared with the definition. Ratios say how many times faster.
@@ -183,6 +184,11 @@ def run(options: Options, console: Console) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] == "tune":
+        from bench import tune
+
+        return tune.main(given[1:])
     options: Options = _cli.cli(Options, arguments, description=__doc__, prog="python -m bench")
     console = Console()
     if not console.is_terminal:

@@ -31,7 +31,7 @@ from bench import (
 from bench.case import TINY, Case, Size
 from bench.core import CopyBandwidth, Row, Settings, first_line, measure, modes_of
 from bench.device import clock
-from bench.providers import Provider, select
+from bench.providers import Provider, backends, select
 from bench.records import conditions, write_json
 from m3em_fast import _cli
 
@@ -136,7 +136,8 @@ def run(
     copy = CopyBandwidth(settings.copy_buffer, device=device)
     where = {**conditions(device), **where}
     # No reference: its own time says nothing, and it would take memory that a small card does not have.
-    compiler, *others = sorted(select((device,), True, device), key=lambda provider: provider.name != "compile")
+    kernels = [name for name in backends(device) if name != "reference"]
+    compiler, *others = sorted(select(kernels, True, device), key=lambda provider: provider.name != "compile")
     rows: list[Row] = []
     left_out, compiled = [], set()
     for case in ordered(sizes, getattr(torch, dtype)):

@@ -29,7 +29,7 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from m3em_fast import _openmp, cuda
+from m3em_fast import _openmp, cuda, triton
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -48,13 +48,15 @@ else:
 
 __all__ = ["BACKENDS", "BackendError", "available", "backend", "choose", "current", "explain", "refusal"]
 
-BACKENDS = ("cpu", "cuda", "reference")
-"""Every backend. ``cpu`` takes CPU tensors and ``cuda`` CUDA tensors; the reference takes any and is the slowest."""
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+"""Every backend. ``cpu`` takes CPU tensors, ``cuda`` and ``triton`` CUDA tensors; the reference takes any and is the
+slowest. Under TRITON_INTERPRET=1 ``triton`` takes CPU tensors instead, where it is chosen by name: for tests."""
 
 KERNELS: dict[str, Mapping[str, Any]] = {}
 """op -> backend -> its ``Kernels``; None for an op that is made of others."""
 
 cards = cuda.Cards(native)
+triton_devices = triton.Devices()
 # Device code on the CPU, for tests: a backend by the name simt, where they have opened it, and never a choice of auto.
 simulated: cuda.Simulated | None = None
 
@@ -73,7 +75,7 @@ class BackendError(RuntimeError):
 # Read once, for a look into the environment costs a microsecond a call.
 _default = os.environ.get("M3EM_BACKEND") or "auto"
 # What auto tries, in this order.
-_FOR_CPU, _FOR_CUDA = ("cpu", "reference"), ("cuda", "reference")
+_FOR_CPU, _FOR_CUDA = ("cpu", "reference"), ("cuda", "triton", "reference")
 _QUICK = ("auto", "cpu")
 _peek_transform = torch._C._functorch.peek_interpreter_stack
 _count_modes = torch._C._len_torch_dispatch_stack
@@ -110,8 +112,14 @@ def current() -> str:
 
 def available(device: str = "cpu") -> tuple[str, ...]:
     """The backends that can serve an ordinary call on this machine, with tensors on ``"cpu"`` or on ``"cuda"``."""
-    kernels, reference = _FOR_CUDA if device == "cuda" else _FOR_CPU
-    return (reference,) if missing(kernels, "", (kernels,)) else (kernels, reference)
+    names = _FOR_CUDA if device == "cuda" else _FOR_CPU
+    kernels = [name for name in names[:-1] if _device_of(name) == device and not missing(name, "", (name,))]
+    return (*kernels, names[-1])
+
+
+def _device_of(name: str) -> str:
+    """The kind of device whose tensors a backend with kernels takes."""
+    return "cuda" if name == "cuda" or (name == "triton" and not triton.interpreted()) else "cpu"
 
 
 def constant(function: Function) -> Function:
@@ -140,6 +148,8 @@ def missing(name: str, op: str, kernels: Collection[str]) -> str | None:
     """Why a backend can serve no call of an op on this machine; None where it can serve some."""
     if name not in kernels:
         return f"it has no kernel for {op}"
+    if name == "triton":
+        return triton_devices.unavailable()
     if native is None:
         return f"the compiled kernels are not there: {_MISSING}"
     if name == "cuda":
@@ -159,17 +169,21 @@ def _device(kind: str, index: int | None) -> str:
     return kind if index is None else f"{kind}:{index}"
 
 
-def misplaced(name: str, op: str, kind: str, index: int | None) -> str | None:
-    """Why a backend with kernels of an op takes no tensors of a device; None where it does."""
-    if name == "cuda":
-        if kind == "cuda":
-            return cards.refusal(op, index or 0)
+def misplaced(name: str, op: str, kind: str, index: int | None, dtypes: Collection[torch.dtype]) -> str | None:
+    """Why a backend with kernels of an op takes no tensors of a device in some dtypes; None where it does."""
+    takes = _device_of(name)
+    if name in ("cuda", "triton"):
         # A form without memory takes any backend that is usable here.
-        if kind == "meta":
-            return cards.unavailable()
-        return cards.unavailable() or f"it takes CUDA tensors, not tensors on {_device(kind, index)}"
-    if kind not in ("cpu", "meta"):
-        return f"it takes CPU tensors, not tensors on {_device(kind, index)}"
+        unavailable = missing(name, op, (name,))
+        if unavailable is not None or kind == "meta":
+            return unavailable
+    if kind not in (takes, "meta"):
+        note = ""
+        if name == "triton":
+            note = " under TRITON_INTERPRET=1" if takes == "cpu" else " (CPU tensors under TRITON_INTERPRET=1 alone)"
+        return f"it takes {takes.upper()} tensors{note}, not tensors on {_device(kind, index)}"
+    if kind == "cuda":
+        return cards.refusal(op, index or 0) if name == "cuda" else triton_devices.refusal(index or 0, dtypes)
     return simulated.refusal(op, simulated.device) if name == "simt" and simulated is not None else None
 
 
@@ -188,7 +202,7 @@ def _examine(name: str, op: str, tensors: tuple[Tensor | None, ...]) -> tuple[st
         registered = True
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active", False
-    on_cpu, real = name != "cuda", None
+    on_cpu, real = _device_of(name) == "cpu", None
     for t in tensors:
         if t is None:
             continue
@@ -198,14 +212,22 @@ def _examine(name: str, op: str, tensors: tuple[Tensor | None, ...]) -> tuple[st
                 return "a tensor is the negative view of another one", False
             real = t
             continue
-        reason = _strange(t) or misplaced(name, op, t.device.type, t.device.index)
+        reason = _strange(t) or misplaced(name, op, t.device.type, t.device.index, _dtypes(tensors))
         if reason is not None:
             return reason, False
         registered = True
     if name == "cpu" or real is None:
         return None, registered
+    if name == "triton":
+        reason = missing(name, op, (name,)) if on_cpu else triton_devices.refusal(real.get_device(), _dtypes(tensors))
+        return reason, registered
     found = simulated if name == "simt" else cards
     return found.refusal(op, found.place(real)) if found is not None else None, registered
+
+
+def _dtypes(tensors: Sequence[Tensor | None]) -> list[torch.dtype]:
+    """torch.compile traces this function."""
+    return [t.dtype for t in tensors if t is not None]
 
 
 def refusal(name: str, op: str, tensors: Sequence[Tensor | None]) -> str | None:
@@ -228,7 +250,8 @@ def choose(op: str, kernels: Collection[str], tensors: tuple[Tensor | None, ...]
                 strange = strange or _strange(t)
                 device = device or t.device
         kind, index = ("cpu", None) if device is None else (device.type, device.index)
-        backend, refused = _choose_at_trace_time(op, tuple(kernels), strange, kind, index)
+        dtypes = tuple(_dtypes(tensors))
+        backend, refused = _choose_at_trace_time(op, tuple(kernels), strange, kind, index, dtypes)
         if refused is not None:
             raise BackendError(refused)
         return backend, True
@@ -268,7 +291,12 @@ def refused_by(name: str, op: str, reason: str) -> BackendError:
 
 @constant
 def _choose_at_trace_time(
-    op: str, kernels: tuple[str, ...], strange: str | None, kind: str, index: int | None
+    op: str,
+    kernels: tuple[str, ...],
+    strange: str | None,
+    kind: str,
+    index: int | None,
+    dtypes: tuple[torch.dtype, ...],
 ) -> tuple[str, str | None]:
     """The backend, or why the one chosen by name cannot serve the call. The tracer can read neither a context variable
     nor the state of transforms."""
@@ -277,7 +305,8 @@ def _choose_at_trace_time(
     for name in names:
         if name == "reference":
             break
-        reason = missing(name, op, kernels) or strange or _examine(name, op, ())[0] or misplaced(name, op, kind, index)
+        reason = missing(name, op, kernels) or strange or _examine(name, op, ())[0]
+        reason = reason or misplaced(name, op, kind, index, dtypes)
         if reason is None:
             return name, None
         if wanted != "auto":
@@ -307,7 +336,8 @@ def explain(op: str, *arguments: Any) -> str:
     for name, kernels in KERNELS[op].items():
         if name in names and reasons[name] is None and kernels is not None and kernels.refuses is not None:
             reasons[name] = kernels.refuses((), tensors) if tensors else None
-    able = [name for name in names if reasons[name] is None and wanted in ("auto", name)]
+    tried = names if wanted != "auto" else _FOR_CUDA if tensors and tensors[0].is_cuda else _FOR_CPU
+    able = [name for name in names if reasons[name] is None and wanted in ("auto", name) and name in tried]
     if able:
         detail = (
             f" ({native.isa()}{', one thread after a fork' if native.forked() else ''})" if able[0] == "cpu" else ""
@@ -317,6 +347,8 @@ def explain(op: str, *arguments: Any) -> str:
         lines = [f"{op} is served by none: {wanted} is chosen by name and cannot."]
     for name in names:
         if name not in able[:1]:
-            other = f"backend {wanted} is chosen by name" if wanted not in ("auto", name) else "slower"
+            other = "slower" if name in tried else "it serves where it is chosen by name"
+            if wanted not in ("auto", name):
+                other = f"backend {wanted} is chosen by name"
             lines.append(f"{name}: {reasons[name] or other}")
     return "\n".join(lines)

@@ -23,6 +23,7 @@ from m3em_fast import _cli
 
 PACKAGE = Path(__file__).resolve().parent
 INSTRUCTION_SETS = ("sse2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_fp16", "avx512_bf16", "asimd")
+DTYPES = ("float32", "float16", "bfloat16", "float64")
 # Beside our own variables, those that most often explain why two machines differ.
 VARIABLES = re.compile(
     r"(M3EM|OMP|GOMP|KMP|MKL|PYTORCH)_\w+|CUDA_VISIBLE_DEVICES|TRITON_INTERPRET|LD_PRELOAD|LD_LIBRARY_PATH"
@@ -68,19 +69,44 @@ def _backends() -> dict[str, Any]:
     found: dict[str, Any] = {"in force": backends.current()}
     found["available"] = [name for name in backends.BACKENDS if name in usable]
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        said = backends.explain("consensus_map", torch.empty(0, 1, 1, 1, device=device))
-        found[f"serves {device} tensors"] = re.findall(r"is served by (\w+)", said)[0]
+        found[f"serves {device} tensors"] = _served(device)
     if backends.native is not None:
         found["cpu instruction set"] = backends.native.isa()
     for name in backends.BACKENDS:
         if name not in usable:
             found[name] = backends.refusal(name, "", ())
-    if "cuda" in usable:
-        for index in range(torch.cuda.device_count()):
+    if found.get("triton", "") is None:
+        found["triton"] = "interpreted: it serves CPU tensors where it is chosen by name"
+    for index in range(torch.cuda.device_count()):
+        if "cuda" in usable:
             found[f"cuda on device {index}"] = (
                 backends.cards.refusal("consensus_map", index) or "its kernels are loaded"
             )
+        if "triton" in usable:
+            refused = {d: backends.triton_devices.refusal(index, (getattr(torch, d),)) for d in DTYPES}
+            found[f"triton on device {index}"] = _by_dtype({d: why or "ready" for d, why in refused.items()})
     return found
+
+
+def _served(device: str) -> str:
+    """Who serves ordinary calls of ``consensus_map``."""
+    import torch
+
+    from m3em_fast import backends
+
+    found = {}
+    for dtype in DTYPES:
+        x = torch.empty(0, 1, 1, 1, device=device, dtype=getattr(torch, dtype))
+        said = backends.explain("consensus_map", x)
+        found[dtype] = re.findall(r"is served by (\w+)", said)[0]
+    return _by_dtype(found)
+
+
+def _by_dtype(found: dict[str, str]) -> str:
+    """One answer, where it is the same for all dtypes, and else one for each."""
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    return "; ".join(f"{dtype}: {answer}" for dtype, answer in found.items())
 
 
 def _extension() -> dict[str, Any]:

@@ -1,10 +1,16 @@
 """What tests share: threads, random examples, and the backend that an op test runs on."""
 
 import os
+import sys
 from collections import Counter
 
 import pytest
 import torch
+
+# Before anything imports Triton: its kernels then run on the CPU and take CPU tensors. `make gpu` sets 0, and they run
+# on the card.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import HealthCheck, settings
 
 # Plain asserts in these helpers are to show the values, as those in tests do.
@@ -14,10 +20,12 @@ import m3em_fast  # noqa: E402
 import simt_cases  # noqa: E402
 from m3em_fast import backends as m3em_backends  # noqa: E402
 
-# One backend is one more word here: every test that takes the fixture `backend` then runs on it too. simt runs those of
-# the ops that have kernels for cards; which op a test is of say its parameter `call` or `op`, or its mark `op`.
-BACKENDS = ("reference", "cpu", "simt")
-ON_CARDS = {op for op, kernels in m3em_backends.KERNELS.items() if "simt" in kernels}
+# One backend is one more word here: every test that takes the fixture `backend` then runs on it too. simt and triton
+# run those of the ops that they have kernels for; which op a test is of say its parameter `call` or `op`, or its mark
+# `op`. There is no Triton for other systems.
+ON_CARDS = ("simt", "triton") if sys.platform == "linux" else ("simt",)
+BACKENDS = ("reference", "cpu", *ON_CARDS)
+SERVED = {name: {op for op, kernels in m3em_backends.KERNELS.items() if name in kernels} for name in ON_CARDS}
 
 # The same examples in every run and on every machine; `--hypothesis-profile=search` looks for new ones.
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
@@ -31,6 +39,7 @@ PASSED = pytest.StashKey[Counter]()
 def pytest_configure(config):
     config.stash[PASSED] = Counter()
     config.addinivalue_line("markers", "op(name): the op that a test without a parameter `call` is of")
+    config.addinivalue_line("markers", "compiled_kernels: on a card, of the backend `cuda` alone")
     # Workers of pytest-xdist share the cores, and more threads than cores make small ops slower.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
@@ -48,7 +57,8 @@ def op_of(item):
 def pytest_collection_modifyitems(config, items):
     def runs(item):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        return "simt" not in (parameters.get("backend"), parameters.get("kernels")) or op_of(item) in ON_CARDS
+        name = parameters.get("backend", parameters.get("kernels"))
+        return name not in SERVED or op_of(item) in SERVED[name]
 
     left_out = [item for item in items if not runs(item)]
     config.hook.pytest_deselected(items=left_out)
@@ -103,11 +113,11 @@ def automatic():
         yield "reference"
 
 
-def backends_short_of_cases(passed, on_cards=ON_CARDS):
+def backends_short_of_cases(passed, served=SERVED):
     """Backends that passed fewer cases of an op than `reference`, which has passed some. A skip is no pass."""
     short = {}
     for op in sorted({op for op, name in passed if name == "reference"}):
-        for name in ("cpu", "simt") if op in on_cards else ("cpu",):
+        for name in ("cpu", *(name for name in served if op in served[name])):
             if passed.get((op, name), 0) < passed[op, "reference"]:
                 short[op, name] = passed.get((op, name), 0)
     return short

@@ -140,7 +140,8 @@ def test_whatever_its_commands_do_it_ends_in_time(monkeypatch, tmp_path, capsys)
     assert "The tests took longer than 110 s and were stopped." in said
     assert "compute-sanitizer memcheck: stopped" in said
     assert "The benchmark in bfloat16 took longer than" in said
-    assert "build stopped, tests stopped, sanitizer stopped, benchmark stopped; 480 s" in said
+    assert "The tests took longer than 60 s and were stopped." in said
+    assert "build stopped, tests stopped, triton stopped, sanitizer stopped, benchmark stopped; 480 s" in said
 
 
 def test_a_run_in_which_nothing_is_wrong(monkeypatch, tmp_path, capsys):
@@ -150,22 +151,31 @@ def test_a_run_in_which_nothing_is_wrong(monkeypatch, tmp_path, capsys):
     assert "A Card 80GB, compute capability 9.0, driver 1.2" in said and "m3em_fast: a line of the build" in said
     assert "\nkernels packed sm_90/consensus_map.cubin, NVRTC 12.9" in said
     assert "compute-sanitizer racecheck: ERROR SUMMARY: 0 errors" in said
-    assert "build done, tests passed, sanitizer passed, benchmark done" in said
+    assert "build done, tests passed, triton passed, sanitizer passed, benchmark done" in said
+    chosen = [command[command.index("-k") + 1] for command, _, _ in machine.commands if "-k" in command]
+    assert chosen == ["not triton", "triton", *["handful and not triton"] * len(gpu.TOOLS)]
     assert machine.commands[1][2] == {"M3EM_CUDA_ARCHS": "9.0"}
     measured = [command for command, _, _ in machine.commands if "bench.gpu_measure" in command]
     names = [Path(command[command.index("--json") + 1]).name for command in measured]
     assert names == [f"gpu-a-card-80gb-{dtype}.json" for dtype in ("float16", "float32", "bfloat16")]
     given = json.loads(measured[0][measured[0].index("--conditions") + 1])
-    assert given == {**FOUND, **KERNELS, "build": "done", "tests": "passed", "sanitizer": "passed"}
+    passed = dict.fromkeys(("tests", "triton", "sanitizer"), "passed")
+    assert given == {**FOUND, **KERNELS, "build": "done", **passed}
 
 
 def test_what_fails_is_the_exit_code_and_stops_nothing_else(monkeypatch, tmp_path, capsys):
     machine = Machine(monkeypatch, share=0.1, code=9, text="== ERROR SUMMARY: 3 errors")
     assert gpu.main(["--results", str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert "build failed, tests failed, sanitizer failed, benchmark failed" in said
+    assert "build failed, tests failed, triton failed, sanitizer failed, benchmark failed" in said
     assert "compute-sanitizer memcheck: ERROR SUMMARY: 3 errors" in said
-    assert len(machine.commands) == 9
+    assert len(machine.commands) == 10
+
+
+def test_where_triton_serves_nothing_its_tests_are_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "call", lambda *_: Done(gpu.NO_TESTS))
+    assert (gpu.tests(1, "triton"), gpu.tests(1)) == ("not found", "failed")
+    assert "Triton serves nothing here" in capsys.readouterr().out
 
 
 def test_a_command_ends_with_all_that_it_has_started(tmp_path):
@@ -186,9 +196,11 @@ def test_a_command_ends_with_all_that_it_has_started(tmp_path):
 
 def test_a_command_sees_this_checkout_and_no_choice_of_backend(monkeypatch):
     monkeypatch.setenv("M3EM_BACKEND", "reference")
-    code = "import os, m3em_fast; print(os.environ.get('M3EM_BACKEND'), os.environ['WORD'], m3em_fast.__file__)"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    words = "os.environ.get('M3EM_BACKEND'), os.environ['TRITON_INTERPRET'], os.environ['WORD'], m3em_fast.__file__"
+    code = f"import os, m3em_fast; print({words})"
     done = gpu.call([sys.executable, "-c", code], 60, keep=True, WORD="word")
-    assert done == Done(0, f"None word {ROOT / 'm3em_fast/__init__.py'}\n")
+    assert done == Done(0, f"None 0 word {ROOT / 'm3em_fast/__init__.py'}\n")
 
 
 def test_without_compute_sanitizer(monkeypatch, capsys):

@@ -292,7 +292,10 @@ def test_without_a_driver_everything_works_and_says_why(without_driver):
 
 def test_the_simulated_backend_is_for_tests_alone(monkeypatch):
     monkeypatch.setattr(backends, "simulated", None)
-    with pytest.raises(ValueError, match=r"one of auto, cpu, cuda, reference, got 'simt'"), m3em_fast.backend("simt"):
+    with (
+        pytest.raises(ValueError, match=r"one of auto, cpu, cuda, triton, reference, got 'simt'"),
+        m3em_fast.backend("simt"),
+    ):
         pass
     with pytest.raises(BackendError, match="no simulated driver is open"):
         torch.ops.m3em_fast._consensus_map(*tensors(), 2, False, 1e-8, torch.float32, "simt")

@@ -15,8 +15,9 @@ import torch
 
 import exact
 import m3em_fast
-from gpu_cases import BACKEND, DEVICE, ON_CARD, assert_equal, on_the_card
+from gpu_cases import BACKENDS, COMPILED_KERNELS, DEVICE, ON_CARD, assert_equal, fits, on_the_card
 from m3em_fast import ops
+from m3em_fast.backends import current
 from op_cases import DTYPES, HALF, Call, check, lay_out, random_grad, random_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,10 +31,11 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 EVERY_CALL = pytest.mark.parametrize("call", CALLS, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def card():
-    with on_the_card():
-        yield
+@pytest.fixture(autouse=True, params=BACKENDS)
+def card(request):
+    fits(request, request.param)
+    with on_the_card(request.param):
+        yield request.param
 
 
 def draw(call, shape, dtype, layouts=("contiguous", "contiguous"), grad_layout="contiguous"):
@@ -56,7 +58,7 @@ def compute(tensors, grad, **options):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_values_and_gradients(call, dtype, shape, layout):
     tensors, grad = draw(call, shape, dtype, [layout] * 2, layout)
-    check(BACKEND, call, tensors, grad=grad)
+    check(current(), call, tensors, grad=grad)
 
 
 # What compute-sanitizer looks at: every kernel once, and no more than it has time for.
@@ -65,7 +67,7 @@ def test_values_and_gradients(call, dtype, shape, layout):
 def test_handful(dtype, shape):
     for call, layout in zip(CALLS, ("contiguous", "channels_last"), strict=True):
         tensors, grad = draw(call, shape, dtype, [layout] * 2)
-        check(BACKEND, call, tensors, grad=grad)
+        check(current(), call, tensors, grad=grad)
 
 
 @EVERY_DTYPE
@@ -73,25 +75,25 @@ def test_layouts_that_differ(dtype):
     call = CALLS[0]
     for layouts in (("contiguous", "channels_last"), ("channels_last", "sliced"), ("expanded", "contiguous")):
         tensors, grad = draw(call, (2, 66, 7, 7), dtype, layouts, "spread")
-        check(BACKEND, call, tensors, grad=grad)
+        check(current(), call, tensors, grad=grad)
 
 
 @pytest.mark.parametrize("scales", [1, 2, 3, 4, 5])
 def test_every_number_of_scales(scales):
     call = Call("consensus_map", options={"num_scales": scales})
     tensors, grad = draw(call, (2, 40, 17, 9), torch.float32)
-    check(BACKEND, call, tensors, grad=grad)
+    check(current(), call, tensors, grad=grad)
 
 
 @pytest.mark.parametrize("needs", [["a"], ["b"], []])
 def test_gradients_that_nobody_wants(needs):
     tensors, grad = draw(CALLS[0], (2, 130, 7, 7), torch.float16)
-    check(BACKEND, CALLS[0], tensors, grad=grad, needs=needs)
+    check(current(), CALLS[0], tensors, grad=grad, needs=needs)
 
 
 def test_a_mean_of_a_hundred_deviations():
     (a, b), grad = draw(CALLS[1], (1, 200, 7, 7), torch.float32)
-    check(BACKEND, CALLS[1], [a + 100, b - 100], grad=grad)
+    check(current(), CALLS[1], [a + 100, b - 100], grad=grad)
 
 
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
@@ -166,13 +168,13 @@ def test_a_side_stream():
 
 
 @ON_CARD
-def test_another_thread():
+def test_another_thread(card):
     """A fresh one has no context of the card."""
     tensors, grad = draw(CALLS[0], (2, 200, 7, 7), torch.float16)
     wanted, found = compute(tensors, grad), []
 
     def work():
-        with m3em_fast.backend(BACKEND):
+        with m3em_fast.backend(card):
             found.append(compute(tensors, grad))
 
     threads = [threading.Thread(target=work) for _ in range(3)]
@@ -229,8 +231,9 @@ print("equal")
 
 
 @ON_CARD
+@COMPILED_KERNELS
 def test_a_first_call_inside_a_capture():
-    """Kernels are loaded while nothing else is allowed."""
+    """Kernels are loaded while nothing else is allowed. Triton's must have run before: it compiles at a first call."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True, env=environment)
     assert done.stdout == "equal\n", done.stderr[-3000:]
@@ -275,6 +278,7 @@ def test_a_compiled_program():
 
 
 @ON_CARD
+@COMPILED_KERNELS
 def test_auto_takes_these_kernels():
     tensors, _ = draw(CALLS[0], (1, 8, 7, 7), torch.float32)
     with m3em_fast.backend("auto"):

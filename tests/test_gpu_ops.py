@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import m3em_fast
-from gpu_cases import BACKEND, DEVICE, ON_CARD, assert_equal, on_the_card
+from gpu_cases import BACKENDS, DEVICE, ON_CARD, assert_equal, fits, on_the_card
+from m3em_fast.backends import current
 from m3em_fast.nn import MutualEnhancement
 from m3em_fast.ops import _gated_projection_cuda
 from op_cases import DTYPES, FULL_CALLS, HALF, Call, check, lay_out, random_grad, random_tensors
@@ -29,10 +30,11 @@ FULLEST = pytest.mark.parametrize("call", FULL, ids=str)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def card():
-    with on_the_card():
-        yield
+@pytest.fixture(autouse=True, params=BACKENDS)
+def card(request):
+    fits(request, request.param)
+    with on_the_card(request.param):
+        yield request.param
 
 
 def draw(call, shape, dtype, layout="contiguous", companion=None, grad_layout=None):
@@ -56,7 +58,7 @@ def compute(call, tensors, grad):
 @pytest.mark.parametrize(("shape", "layout"), EVERY_LAYOUT, ids=str)
 def test_values_and_gradients(call, dtype, shape, layout):
     tensors, grad = draw(call, shape, dtype, layout)
-    check(BACKEND, call, tensors, grad=grad)
+    check(current(), call, tensors, grad=grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -64,22 +66,22 @@ def test_values_and_gradients(call, dtype, shape, layout):
 def test_handful(dtype, shape):
     for call in FULL:
         tensors, grad = draw(call, shape, dtype)
-        check(BACKEND, call, tensors, grad=grad)
+        check(current(), call, tensors, grad=grad)
 
 
 @FULLEST
 @pytest.mark.parametrize("half", HALF, ids=str)
 def test_half_features_beside_float32(call, half):
     tensors, grad = draw(call, (3, 200, 7, 7), half, companion=torch.float32)
-    check(BACKEND, call, tensors, grad=grad)
+    check(current(), call, tensors, grad=grad)
 
 
 @FULLEST
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_frozen_features_and_a_gradient_of_one_number(call, dtype):
     tensors, grad = draw(call, (3, 130, 7, 7), dtype, grad_layout="spread")
-    check(BACKEND, call, tensors, grad=grad, needs=call.names[1:])
-    check(BACKEND, call, tensors, needs=[])
+    check(current(), call, tensors, grad=grad, needs=call.names[1:])
+    check(current(), call, tensors, needs=[])
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -89,7 +91,7 @@ def test_a_projection_in_parts(monkeypatch, dtype, layout):
     call = Call("gated_projection", gates=2, bias=True)
     monkeypatch.setattr(_gated_projection_cuda, "WORKSPACE", 2 * 2 * 40 * 49 * dtype.itemsize)
     tensors, grad = draw(call, (5, 40, 7, 7), dtype, layout)
-    check(BACKEND, call, tensors, grad=grad)
+    check(current(), call, tensors, grad=grad)
 
 
 @EVERY_CALL

@@ -85,7 +85,7 @@ def test_one_graph_of_single_ops_for_any_number_of_clips(kernels, call, layout):
             assert not any(now and not before for now, before in zip(kept, kept_by_eager, strict=True))
             grad = random_grad(out)
             found, wanted = gradients(out, leaves, grad), gradients(wanted, leaves, grad)
-            if (kernels, call.op) == ("simt", "gated_projection"):
+            if kernels != "cpu" and call.op == "gated_projection":
                 # Torch's matrix product is in it, whose bits depend on where its operands lie.
                 torch.testing.assert_close(found, wanted)
             else:

@@ -235,7 +235,9 @@ def test_assert_close_and_what_is_not_finite():
 def test_a_skipped_backend_is_short_of_cases():
     """Op by op: what one op has more on a backend makes up for nothing."""
     passed = {("a", "reference"): 5, ("a", "cpu"): 5, ("a", "simt"): 4, ("b", "reference"): 3, ("b", "cpu"): 9}
-    assert backends_short_of_cases(passed, {"a"}) == {("a", "simt"): 4}
-    assert backends_short_of_cases(passed, {"a", "b"}) == {("a", "simt"): 4, ("b", "simt"): 0}
-    assert backends_short_of_cases({("", "reference"): 1}, {"a"}) == {("", "cpu"): 0}
-    assert backends_short_of_cases({}, {"a"}) == {}
+    assert backends_short_of_cases(passed, {"simt": {"a"}}) == {("a", "simt"): 4}
+    short = {("a", "simt"): 4, ("b", "simt"): 0}
+    assert backends_short_of_cases(passed, {"simt": {"a", "b"}}) == short
+    assert backends_short_of_cases(passed, {"simt": {"a", "b"}, "triton": {"b"}}) == short | {("b", "triton"): 0}
+    assert backends_short_of_cases({("", "reference"): 1}, {"simt": {"a"}}) == {("", "cpu"): 0}
+    assert backends_short_of_cases({}, {"simt": {"a"}}) == {}

@@ -7,7 +7,8 @@ than this has to multiply on the tensor cores itself; docs/decisions.md has the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,11 @@ from torch import Tensor
 from m3em_fast import reference
 from m3em_fast.ops import _cuda
 from m3em_fast.ops._cpu import Form, is_channels_last
-from m3em_fast.ops.channel_gate import cuda_backward, cuda_forward
+from m3em_fast.ops._function import Kernels
+
+# channel_gate of a backend, into memory that is there: (x, gates, out) and (x, gates, gradient, gradients of both).
+Gate = Callable[[Tensor, Sequence[Tensor], Tensor], None]
+GateBackward = Callable[[Any, Sequence[Any], Tensor, Sequence[Any]], None]
 
 WORKSPACE = 64 << 20
 """Bytes of gated operand, and of its gradient, that there are at a time; a sample that takes more is on its own."""
@@ -49,12 +54,17 @@ def _size(x: Tensor | Form, weight: Tensor | Form) -> int:
     return weight.shape[1] * h * w * weight.dtype.itemsize
 
 
-def form(options: tuple, tensors: Sequence[Any]) -> tuple[Tensor, Sequence[Tensor]]:
+def kernels(gate: Gate, gate_backward: GateBackward, refuses: Any = None) -> Kernels:
+    """Those of a backend that has kernels of ``channel_gate`` alone."""
+    return Kernels(partial(_forward, gate), partial(_backward, gate, gate_backward), _form, refuses)
+
+
+def _form(options: tuple, tensors: Sequence[Any]) -> tuple[Tensor, Sequence[Tensor]]:
     x, *_, weight, _ = tensors
     return _cuda.empty_beside(x, weight.shape[0], weight.dtype), ()
 
 
-def forward(options: tuple, tensors: Sequence[Any], saves: bool) -> tuple[Tensor, Sequence[Tensor]]:
+def _forward(gate_all: Gate, options: tuple, tensors: Sequence[Any], saves: bool) -> tuple[Tensor, Sequence[Tensor]]:
     x, *gates, weight, bias = tensors
     out = _cuda.empty_beside(x, weight.shape[0], weight.dtype)
     last = is_channels_last(out)
@@ -64,7 +74,7 @@ def forward(options: tuple, tensors: Sequence[Any], saves: bool) -> tuple[Tensor
             workspace = _cuda.empty_beside(x[part], weight.shape[1], weight.dtype)
         to = out[part]
         gated = workspace[: to.shape[0]]
-        cuda_forward(x[part], [gate[part] for gate in gates], gated)
+        gate_all(x[part], [gate[part] for gate in gates], gated)
         # With `out` a product is what it is under autocast too.
         if last and bias is not None:
             torch.addmm(bias, _rows(gated), weight.t(), out=_rows(to))
@@ -79,14 +89,20 @@ def forward(options: tuple, tensors: Sequence[Any], saves: bool) -> tuple[Tensor
     return out, ()
 
 
-def backward(
-    options: tuple, grad: Tensor, tensors: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool]
+def _backward(
+    gate_all: Gate,
+    gate_backward: GateBackward,
+    options: tuple,
+    grad: Tensor,
+    tensors: Sequence[Any],
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
 ) -> Sequence[Tensor | None]:
     x, *gates, weight, bias = tensors
     grads = _cuda.gradients_of(grad, [x, *gates], needs[:-2])
     if any(needs[:-2]):
-        _backward_inputs(grad, x, gates, weight, grads)
-    grad_weight = _backward_weight(grad, x, gates, weight) if needs[-2] else None
+        _backward_inputs(gate_backward, grad, x, gates, weight, grads)
+    grad_weight = _backward_weight(gate_all, grad, x, gates, weight) if needs[-2] else None
     grad_bias = None
     if needs[-1]:
         grad_bias = grad.sum((0, 2, 3), dtype=reference.accumulation_dtype(bias.dtype)).to(bias.dtype)
@@ -94,7 +110,12 @@ def backward(
 
 
 def _backward_inputs(
-    grad: Tensor, x: Tensor | Form, gates: Sequence[Tensor | Form], weight: Tensor, grads: Sequence[Tensor | None]
+    gate_backward: GateBackward,
+    grad: Tensor,
+    x: Tensor | Form,
+    gates: Sequence[Tensor | Form],
+    weight: Tensor,
+    grads: Sequence[Tensor | None],
 ) -> None:
     """Gradients of x and the gates, through that of the gated operand."""
     n, _, h, w = x.shape
@@ -111,10 +132,10 @@ def _backward_inputs(
             torch.mm(_rows(given), weight, out=_rows(gated))
         else:
             torch.bmm(weight.t().expand(len(given), -1, -1), _planes(given), out=_planes(gated))
-        cuda_backward(_cut(x, part), [_cut(g, part) for g in gates], gated, [_cut(g, part) for g in grads])
+        gate_backward(_cut(x, part), [_cut(g, part) for g in gates], gated, [_cut(g, part) for g in grads])
 
 
-def _backward_weight(grad: Tensor, x: Tensor, gates: Sequence[Tensor], weight: Tensor | Form) -> Tensor:
+def _backward_weight(gate_all: Gate, grad: Tensor, x: Tensor, gates: Sequence[Tensor], weight: Tensor | Form) -> Tensor:
     """The gated operand once more, with all positions of all samples of a part as the inner dimension of one product.
 
     Parts are added in the accumulation type and rounded once.
@@ -133,7 +154,7 @@ def _backward_weight(grad: Tensor, x: Tensor, gates: Sequence[Tensor], weight: T
         else:
             operand = workspace[: count * channels].view(channels, count)
             gated = operand.view(channels, len(given), h, w).transpose(0, 1)
-        cuda_forward(x[part], [gate[part] for gate in gates], gated)
+        gate_all(x[part], [gate[part] for gate in gates], gated)
         product = grad.new_empty(weight.shape)
         if last:
             torch.mm(_rows(given).t(), operand, out=product)

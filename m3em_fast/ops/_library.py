@@ -99,7 +99,7 @@ class Registered:
         """A program made elsewhere may name a backend that is not here, or have been moved to another device."""
         name, device = self.op.name, first.device
         reason = backends.missing(backend, name, self.op.kernels)
-        reason = reason or backends.misplaced(backend, name, device.type, device.index)
+        reason = reason or backends.misplaced(backend, name, device.type, device.index, (first.dtype,))
         if reason is not None:
             raise backends.refused_by(backend, name, reason)
         return self.op.kernels[backend]

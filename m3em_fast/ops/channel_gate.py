@@ -111,7 +111,40 @@ def _cuda_form(options: tuple, tensors: Tensors) -> tuple[Tensor, Sequence[Tenso
     return _cuda.empty_beside(x, len(gates) * x.shape[1], x.dtype), ()
 
 
+def triton_forward(x: Tensor, gates: Sequence[Tensor], out: Tensor) -> None:
+    """``cuda_forward``, by the kernels in Triton."""
+    from m3em_fast.triton import channel_gate as kernels
+
+    kernels.forward(x, gates, out)
+
+
+def triton_backward(
+    x: Tensor | Form, gates: Sequence[Tensor | Form], grad: Tensor, grads: Sequence[Tensor | None]
+) -> None:
+    """``cuda_backward``, by the kernels in Triton."""
+    from m3em_fast.triton import channel_gate as kernels
+
+    kernels.backward(x, gates, grad, grads)
+
+
+def _triton_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor, Sequence[Tensor]]:
+    x, *gates = tensors
+    out = _cuda.empty_beside(x, len(gates) * x.shape[1], x.dtype)
+    triton_forward(x, gates, out)
+    return out, ()
+
+
+def _triton_backward(
+    options: tuple, grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    x, *gates = tensors
+    grads = _cuda.gradients_of(grad, tensors, needs)
+    triton_backward(x, gates, grad, grads)
+    return grads
+
+
 _SCHEMA = "(Tensor x, Tensor[] gates, str backend) -> Tensor"
 _CUDA = Kernels(_cuda_forward, _cuda_backward, _cuda_form, _cuda_refuses)
-_KERNELS = {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form), "cuda": _CUDA, "simt": _CUDA}
+_TRITON = Kernels(_triton_forward, _triton_backward, _cuda_form)
+_KERNELS = {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form), "cuda": _CUDA, "simt": _CUDA, "triton": _TRITON}
 _op = Op("channel_gate", _reference, _reads, _KERNELS, _SCHEMA)

@@ -181,7 +181,32 @@ def _cuda_form(options: tuple, tensors: Tensors) -> tuple[Tensor, Sequence[Tenso
     return a.new_empty((n, 1, h, w), dtype=out_dtype), (stats,)
 
 
+def _triton_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor, Sequence[Tensor]]:
+    from m3em_fast.triton import consensus_map as kernels
+
+    return kernels.forward(options, tensors, saves)
+
+
+def _triton_backward(
+    options: tuple, grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    from m3em_fast.triton import consensus_map as kernels
+
+    return kernels.backward(options, grad, tensors, saved, needs)
+
+
+def _triton_form(options: tuple, tensors: Tensors) -> tuple[Tensor, Sequence[Tensor]]:
+    from m3em_fast.triton import _plan
+
+    a, _ = tensors
+    scales, center, _, out_dtype = options
+    n, _, h, w = a.shape
+    stats = a.new_empty((n, _plan.stats_size(h, w, scales, center)), dtype=reference.accumulation_dtype(a.dtype))
+    return a.new_empty((n, 1, h, w), dtype=out_dtype), (stats,)
+
+
 _SCHEMA = "(Tensor a, Tensor b, int num_scales, bool center, float eps, str out_dtype, str backend) -> (Tensor, Tensor)"
 _CUDA = Kernels(_cuda_forward, _cuda_backward, _cuda_form, _cuda_refuses)
-_KERNELS = {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form), "cuda": _CUDA, "simt": _CUDA}
+_TRITON = Kernels(_triton_forward, _triton_backward, _triton_form)
+_KERNELS = {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form), "cuda": _CUDA, "simt": _CUDA, "triton": _TRITON}
 _op = Op(_OP, _reference, lambda needs: (True, True), _KERNELS, _SCHEMA)

@@ -115,7 +115,31 @@ def _cuda_form(options: tuple, tensors: Tensors) -> tuple[Tensor, Sequence[Tenso
     return x.new_empty(x.shape[:2], dtype=options[0]), ()
 
 
+def _triton_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor, Sequence[Tensor]]:
+    from m3em_fast.triton import consensus_pool as kernels
+
+    x, cmap = tensors
+    out = x.new_empty(x.shape[:2], dtype=options[0])
+    kernels.forward(x, cmap, out)
+    return out, ()
+
+
+def _triton_backward(
+    options: tuple, grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    from m3em_fast.triton import consensus_pool as kernels
+
+    x, cmap = tensors
+    if cmap is None:
+        return _spread(grad, x), None
+    grad_x = _cuda.gradient_of(x, needs[0], grad.device)
+    grad_cmap = grad.new_empty(cmap.shape, dtype=cmap.dtype) if needs[1] else None
+    kernels.backward(x, cmap, grad, grad_x, grad_cmap)
+    return grad_x, grad_cmap
+
+
 _SCHEMA = "(Tensor x, Tensor? cmap, str dtype, str backend) -> Tensor"
 _CUDA = Kernels(_cuda_forward, _cuda_backward, _cuda_form)
-_KERNELS = {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form), "cuda": _CUDA, "simt": _CUDA}
+_TRITON = Kernels(_triton_forward, _triton_backward, _cuda_form)
+_KERNELS = {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form), "cuda": _CUDA, "simt": _CUDA, "triton": _TRITON}
 _op = Op("consensus_pool", _reference, lambda needs: (needs[1], needs[0]), _KERNELS, _SCHEMA, _gradients)

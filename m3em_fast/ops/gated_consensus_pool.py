@@ -39,5 +39,5 @@ def gated_consensus_pool(x: Tensor, gates: Sequence[Tensor], cmap: Tensor | None
     return gated.to(reference.widest(x, cmap, *gates))
 
 
-_BACKENDS = ("cpu", "cuda", "simt")
+_BACKENDS = ("cpu", "cuda", "simt", "triton")
 backends.KERNELS["gated_consensus_pool"] = dict.fromkeys(_BACKENDS)

@@ -11,7 +11,7 @@ from m3em_fast.backends import native
 from m3em_fast.ops import _checks, _gated_projection_cuda
 from m3em_fast.ops._cpu import empty_beside, gradients_of
 from m3em_fast.ops._function import Kernels, Op, Tensors
-from m3em_fast.ops.channel_gate import too_many
+from m3em_fast.ops.channel_gate import cuda_backward, cuda_forward, too_many, triton_backward, triton_forward
 
 _OP = "gated_projection"
 
@@ -121,8 +121,7 @@ def _cuda_refuses(options: tuple, tensors: Sequence[Any]) -> str | None:
 
 
 _SCHEMA = "(Tensor x, Tensor[] gates, Tensor weight, Tensor? bias, str backend) -> Tensor"
-_CUDA = Kernels(
-    _gated_projection_cuda.forward, _gated_projection_cuda.backward, _gated_projection_cuda.form, _cuda_refuses
-)
-_KERNELS = {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form), "cuda": _CUDA, "simt": _CUDA}
+_CUDA = _gated_projection_cuda.kernels(cuda_forward, cuda_backward, _cuda_refuses)
+_TRITON = _gated_projection_cuda.kernels(triton_forward, triton_backward)
+_KERNELS = {"cpu": Kernels(_cpu_forward, _cpu_backward, _cpu_form), "cuda": _CUDA, "simt": _CUDA, "triton": _TRITON}
 _op = Op(_OP, _reference, _reads, _KERNELS, _SCHEMA)

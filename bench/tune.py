@@ -1,0 +1,259 @@
+"""Measure on a card which sizes of blocks are the fastest for the Triton kernels, and write them to their table.
+
+    python -m bench tune                              every op at the size of a step of the paper (half an hour)
+    python -m bench tune consensus_map --dtype float16 --sizes 7x7
+
+All candidates for an op, a dtype and a shape take turns, each is compared with the definition before it is timed, and
+forward and backward choose for themselves. A row is written where the fastest candidate is faster than the computed
+sizes by more than --margin; rows of other shapes and other cards stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+
+from bench import gate
+from bench.case import Case, Size
+from bench.core import Settings, admit, full_step, interleaved
+from bench.device import device_of
+from bench.providers import Provider
+from m3em_fast import _cli
+from m3em_fast.triton import _plan, _table
+
+OPS = ("channel_gate", "consensus_map", "consensus_pool")
+Sizes = dict[str, int]
+# Candidate (None: the computed sizes) -> seconds by mode; who was wrong or failed is not there.
+Times = Mapping[int | None, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Options:
+    op: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Which ops; none named: all that have Triton kernels of their own."""
+    dtype: tuple[Literal["float32", "float16", "bfloat16", "float64"], ...] = ("float32", "float16", "bfloat16")
+    """Of the maps; what the card's Triton kernels do not serve is left out."""
+    sizes: tuple[str, ...] = ("7x7", "14x14", "7x8")
+    """Heights and widths of the maps."""
+    samples: int = 160
+    """N, clips x frames."""
+    channels: int = 1024
+    """C of channel_gate and consensus_pool."""
+    latent: int = 512
+    """D of consensus_map."""
+    seconds: float = 20.0
+    """How long to measure a case, after the warm-up; there are five rounds at least."""
+    margin: float = 0.02
+    """By which share of its time a candidate must be faster than the computed sizes to be written."""
+    out: Path = _table.PATH
+    """The table: that of this checkout or installation unless named."""
+
+
+class UsageError(ValueError):
+    """Something the user can put right; the message is one sentence."""
+
+
+def candidates(dtype: torch.dtype, channels: int, positions: int) -> list[Sizes]:
+    """Sizes worth a try: tiles of 256 to 4096 numbers, which fit the shared memory of every card."""
+    found = []
+    widths = {min(_table.power_of_two(positions), width) for width in (32, 64, 128, 256)}
+    for block_p in sorted(widths):
+        for tile in (256, 512, 1024, 2048, 4096):
+            block_c = tile // block_p
+            if (dtype == torch.float64 and tile > 2048) or not 1 <= block_c <= _table.power_of_two(channels):
+                continue
+            found += [{"BLOCK_C": block_c, "BLOCK_P": block_p, "num_warps": w} for w in (2, 4, 8) if tile >= 64 * w]
+    return found
+
+
+def row_of(op: str, dtype: torch.dtype, channels: int, positions: int) -> str:
+    return f"{op}/{str(dtype).removeprefix('torch.')}/{_table.bucket(channels, positions)}"
+
+
+@contextlib.contextmanager
+def trial(capability: int, rows: Sequence[str], sizes: Sizes | None) -> Iterator[None]:
+    """While it lasts, rows of the table hold these sizes; None: no sizes, so that they are computed."""
+    table = _table.table()
+    own = table.setdefault(str(capability), {})
+    before = {row: own.pop(row) for row in rows if row in own}
+    if sizes is not None:
+        own.update(dict.fromkeys(rows, sizes))
+    _forget()
+    try:
+        yield
+    finally:
+        for row in rows:
+            own.pop(row, None)
+        own.update(before)
+        _forget()
+
+
+def _forget() -> None:
+    _table.config.cache_clear()
+    _plan.plan.cache_clear()
+
+
+def measure(
+    case: Case,
+    tries: Mapping[int | None, Sizes | None],
+    rows: Sequence[str],
+    settings: Settings,
+    where: str = "cuda",
+) -> Times:
+    """The median seconds of every candidate that computes what the definition says, on the current card."""
+    capability = capability_here()
+    device = device_of(where)
+    problem = case.made(where)
+    exact, grads = gate.exact_results(problem)
+    provider = Provider("triton")
+    steps: dict[str, Callable[[], Mapping[str, float]]] = {}
+    error = None
+    for key, sizes in tries.items():
+        with trial(capability, rows, sizes):
+            entrant = admit(provider, problem, grads, exact, 60.0)
+        if (reason := entrant.forward_error or entrant.backward_error) is not None:
+            error = error or reason
+            continue
+        run = full_step(entrant, problem, grads, device)
+
+        def step(sizes: Sizes | None = sizes, run: Callable = run) -> Mapping[str, float]:
+            with trial(capability, rows, sizes):
+                return run()
+
+        steps[str(key)] = step
+    if not steps:
+        raise Unserved(error or "no candidate")
+    readings = interleaved(steps, settings)
+    names = {str(key): key for key in tries}
+    return {names[k]: {mode: float(np.median(t)) for mode, t in found.items()} for k, found in readings.items()}
+
+
+class Unserved(Exception):
+    """No candidate ran, with the first one's reason."""
+
+
+def capability_here() -> int:
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def best(times: Times, mode: str, margin: float) -> int | None:
+    """The fastest candidate, None where the computed sizes are as fast up to the margin."""
+    fastest = min(times, key=lambda key: times[key][mode])
+    computed = times.get(None)
+    if computed is not None and times[fastest][mode] >= (1 - margin) * computed[mode]:
+        return None
+    return fastest
+
+
+def resolve(options: Options) -> tuple[list[str], list[tuple[int, int]]]:
+    """Refuse what cannot work before anything is measured."""
+    if unknown := [name for name in options.op if name not in OPS]:
+        raise UsageError(f"there is no Triton kernel to tune for {unknown[0]!r}; there are {', '.join(OPS)}.")
+    for name in ("samples", "channels", "latent"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, got {getattr(options, name)}.")
+    for name in ("seconds", "margin"):
+        if not 0 <= getattr(options, name) < float("inf"):
+            raise UsageError(f"--{name} must be a number from 0 on, got {getattr(options, name)}.")
+    shapes = []
+    for text in options.sizes:
+        match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+        if match is None or max(int(match[1]), int(match[2])) < 4:
+            raise UsageError(f"--sizes must be heights and widths such as 7x7, at least 4 long or wide, got {text!r}.")
+        shapes.append((int(match[1]), int(match[2])))
+    if not torch.cuda.is_available():
+        raise UsageError("torch sees no CUDA device here, and the table is measured on one.")
+    if options.out.is_dir() or not os.access(options.out.parent, os.W_OK):
+        raise UsageError(f"--out: the table cannot be written to {options.out}.")
+    return list(options.op or OPS), shapes
+
+
+def read(path: Path) -> dict:
+    """A table that is there, or an empty one."""
+    if not path.exists():
+        return {"about": json.loads(_table.PATH.read_text())["about"], "capabilities": {}}
+    try:
+        found = json.loads(path.read_text())
+        found["capabilities"].setdefault(str(capability_here()), {})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"--out: {path} is there already and is no table of block sizes.") from None
+    return found
+
+
+def write(path: Path, found: dict) -> None:
+    """All of it or nothing."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+    os.replace(new, path)
+
+
+def run(options: Options, console: Console) -> None:
+    ops, shapes = resolve(options)
+    found = read(options.out)
+    capability = capability_here()
+    own = found["capabilities"].setdefault(str(capability), {})
+    cases = [(op, name, shape) for op in ops for name in options.dtype for shape in shapes]
+    console.print(f"{torch.cuda.get_device_name()}, compute capability {capability // 10}.{capability % 10}")
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(cases))
+        for op, name, (height, width) in cases:
+            progress.update(task, description=f"{op} {name} {height}x{width}")
+            dtype = getattr(torch, name)
+            size = Size(options.samples, options.channels, options.latent, height, width)
+            channels = size.d if op == "consensus_map" else size.c
+            case = importlib.import_module(f"bench.{op}").cases(size, dtype, "contiguous")[0]
+            rows = {mode: row_of(kind, dtype, channels, height * width) for mode, kind in modes_of(op).items()}
+            tries: dict[int | None, Sizes | None] = {None: None}
+            tries |= enumerate(candidates(dtype, channels, height * width))
+            try:
+                times = measure(case, tries, list(rows.values()), Settings(seconds=options.seconds))
+            except Unserved as reason:
+                progress.console.print(f"{op} {name} {height}x{width}: left out ({reason})")
+                progress.advance(task)
+                continue
+            for mode, row in rows.items():
+                own.pop(row, None)
+                chosen = best(times, mode, options.margin)
+                said = "the computed sizes"
+                if chosen is not None and (sizes := tries[chosen]) is not None:
+                    own[row] = sizes
+                    said = ", ".join(f"{key} {value}" for key, value in sizes.items())
+                took = times[chosen][mode] if chosen in times else float("nan")
+                progress.console.print(f"{row}: {1e6 * took:.1f} us with {said}")
+            write(options.out, found)  # after every case: an hour of measuring is not to be lost with its last minute
+            progress.advance(task)
+    console.print(f"Written to {options.out}.")
+
+
+def modes_of(op: str) -> dict[str, str]:
+    """Mode of timing -> the op's name in the table."""
+    return {"forward": op, "backward": f"{op}_backward"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options: Options = _cli.cli(Options, arguments, description=__doc__, prog="python -m bench tune")
+    console = Console()
+    try:
+        run(options, console)
+    except (UsageError, OSError) as error:
+        print(f"bench tune: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"bench tune: interrupted. {options.out} holds the cases that were finished.", file=sys.stderr)
+        return 130
+    return 0
