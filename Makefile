@@ -31,7 +31,7 @@ TESTS ?=
 BENCH ?=
 
 .NOTPARALLEL:
-.PHONY: help train epic-dry-run test test-oldest bench gpu cuda-report lint format build wheel clean
+.PHONY: help train epic-dry-run test test-oldest bench gpu cuda-report triton-report lint format build wheel clean
 
 help:
 	@echo "make train    train M3EM and its baselines on the digits benchmark, and M3EM once more without the kernels, for its"
@@ -44,6 +44,7 @@ help:
 	@echo "make gpu      on a machine with an NVIDIA card, in $(PY) as it is: tests, compute-sanitizer and the benchmark of"
 	@echo "              every op and M3EM on the card, records under bench/results/; at most 8 minutes, no network"
 	@echo "make cuda-report  docs/cuda-resources.md: registers, shared memory, spills and occupancy of every CUDA kernel"
+	@echo "make triton-report  docs/triton-resources.md: the same of the Triton kernels, compiled without a card"
 	@echo "make lint     ruff, mypy and clang-format, changing nothing"
 	@echo "make format   let ruff and clang-format rewrite what they can"
 	@echo "make build    compile csrc/, as far as it has changed (M3EM_CUDA_ARCHS=none: no CUDA)"
@@ -78,17 +79,18 @@ test: lint build
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 # The oldest torch that is supported, with the Triton that it pins, in an environment of its own. Without constraints.txt,
-# whose versions go with a newer torch. What is deselected, and why, is in docs/decisions.md.
+# whose versions go with a newer torch; with a NumPy that the interpreter of that Triton knows. What is deselected, and why, is in docs/decisions.md.
 test-oldest: $(VENV)-oldest/.made-$(OLDEST)
 	$(VENV)-oldest/bin/python setup.py --quiet build_ext --inplace
 	$(VENV)-oldest/bin/python -m pytest tests/test_ops*.py tests/test_backends.py tests/test_nn*.py tests/test_train_steps.py \
+		tests/test_triton_backend.py tests/test_triton_kernels.py tests/test_triton_consensus_map.py \
 		--deselect tests/test_ops_compile.py::test_compiled_without_the_extension \
 		--deselect tests/test_ops_compile.py::test_a_backend_chosen_by_name_says_in_the_trace_why_it_cannot_serve
 
 $(VENV)-oldest/.made-$(OLDEST): pyproject.toml
 	$(PY) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip --disable-pip-version-check install torch==$(OLDEST) 'setuptools>=77' pybind11 ninja
-	$(VENV)-oldest/bin/python -m pip --disable-pip-version-check install --no-build-isolation --editable ".[train,dev]" torch==$(OLDEST)
+	$(VENV)-oldest/bin/python -m pip --disable-pip-version-check install torch==$(OLDEST) 'numpy<2.4' 'setuptools>=77' pybind11 ninja
+	$(VENV)-oldest/bin/python -m pip --disable-pip-version-check install --no-build-isolation --editable ".[train,dev,epic]" torch==$(OLDEST) 'numpy<2.4'
 	@touch $@
 
 # The table is what figures come from. With arguments for it, the second front end is left out: it takes none of them.
@@ -104,6 +106,9 @@ gpu:
 
 cuda-report: $(VENV)/.dev build
 	$(BIN)/python -m bench.cuda_report
+
+triton-report: $(VENV)/.dev build
+	$(BIN)/python -m bench.triton_report
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -3,9 +3,10 @@
 Builds the extension, says whether packed or newly compiled kernels serve the card, runs the tests of the ops and of the
 module on it (tests/test_gpu*.py), some of them under compute-sanitizer where that is found, and measures all of them
 against eager PyTorch, torch.compile and a copy, as far as the time goes: float16 first, and what is left out is in the
-records. These go to bench/results/gpu-<card>-<dtype>.json. Needs torch with CUDA,
-numpy, pytest and hypothesis; to build also setuptools, pybind11, ninja and a C++ compiler. Runs in the Python that runs
-it, in no environment of its own.
+records. Between them an epoch of train.py in float16, on the kernels and on the reference. The records go to
+bench/results/gpu-<card>-<dtype>.json and gpu-<card>-train.json. Needs torch with CUDA, numpy, pytest and hypothesis; to
+build also setuptools, pybind11, ninja and a C++ compiler; for the epoch also what the extra `train` brings, without
+tyro. Runs in the Python that runs it, in no environment of its own.
 
 Exit code: 0, or 1 where a part failed or was stopped, or 2 with a sentence where this machine cannot run it.
 """
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 ARCHIVE = ROOT / "m3em_fast/_cuda.zip"
 # Seconds. What a part leaves over is nobody's; the looks at the card between the parts take theirs from what is spare.
-PARTS = {"build": 100.0, "tests": 110.0, "triton": 60.0, "sanitizer": 50.0, "benchmark": 145.0}
+PARTS = {"build": 90.0, "tests": 95.0, "triton": 50.0, "sanitizer": 40.0, "training": 50.0, "benchmark": 140.0}
 LIMIT = 480.0
 LOOK = 60.0  # at most, at the card
 # The dtype of training first, with the time of two.
@@ -44,6 +45,8 @@ TESTS = ("tests/test_gpu.py", "tests/test_gpu_ops.py")
 NO_TESTS = 5  # pytest's exit code where none are chosen
 TOOLS = ("memcheck", "racecheck")
 NEEDED = ("torch", "numpy", "pytest", "hypothesis")
+# Of the extra `train`, what a training takes that is not called from a command line.
+TRAINING = ("matplotlib", "rich", "tensorboard", "torchmetrics", "tqdm")
 
 
 class CannotRun(Exception):
@@ -211,6 +214,20 @@ def slug(card: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
 
 
+def training(limit: float, results: Path, where: dict[str, Any]) -> str:
+    """An epoch of train.py in float16, on the kernels and on the reference."""
+    if absent := [name for name in TRAINING if importlib.util.find_spec(name) is None]:
+        print(f"{' and '.join(absent)} missing, so no epoch of train.py is run.")
+        return "not found"
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / f"gpu-{slug(where['card'])}-train.json"
+    done = call(python("-m", "bench.gpu_train", "--json", str(path), "--conditions", json.dumps(where)), limit)
+    if done.code is None:
+        print(f"The training took longer than {limit:.0f} s and was stopped.")
+        return "stopped"
+    return "done" if done.code == 0 else "failed"
+
+
 def benchmark(limit: float, results: Path, where: dict[str, Any]) -> str:
     """Every dtype in a process of its own: one that loses the card loses its own figures."""
     results.mkdir(parents=True, exist_ok=True)
@@ -256,6 +273,7 @@ def run(options: argparse.Namespace) -> int:
     outcomes["tests"] = tests(limit("tests"))
     outcomes["triton"] = tests(limit("triton"), "triton")
     outcomes["sanitizer"] = sanitizer(limit("sanitizer"))
+    outcomes["training"] = training(limit("training"), options.results, {**found, **outcomes})
     outcomes["benchmark"] = benchmark(limit("benchmark"), options.results, {**found, **outcomes})
     spent = time.monotonic() - start
     print(f"\n{', '.join(f'{part} {outcome}' for part, outcome in outcomes.items())}; {spent:.0f} s")

@@ -39,6 +39,7 @@ PASSED = pytest.StashKey[Counter]()
 def pytest_configure(config):
     config.stash[PASSED] = Counter()
     config.addinivalue_line("markers", "op(name): the op that a test without a parameter `call` is of")
+    config.addinivalue_line("markers", "gpu: on a card, or on what stands for one")
     config.addinivalue_line("markers", "compiled_kernels: on a card, of the backend `cuda` alone")
     # Workers of pytest-xdist share the cores, and more threads than cores make small ops slower.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

@@ -137,11 +137,14 @@ def test_whatever_its_commands_do_it_ends_in_time(monkeypatch, tmp_path, capsys)
     assert gpu.main(["--results", str(tmp_path)]) == 1
     assert machine.now - 100 <= gpu.LIMIT
     said = capsys.readouterr().out
-    assert "The tests took longer than 110 s and were stopped." in said
+    assert "The tests took longer than 95 s and were stopped." in said
     assert "compute-sanitizer memcheck: stopped" in said
     assert "The benchmark in bfloat16 took longer than" in said
-    assert "The tests took longer than 60 s and were stopped." in said
-    assert "build stopped, tests stopped, triton stopped, sanitizer stopped, benchmark stopped; 480 s" in said
+    assert "The tests took longer than 50 s and were stopped." in said
+    assert (
+        "build stopped, tests stopped, triton stopped, sanitizer stopped, training stopped, benchmark stopped; 480 s"
+        in said
+    )
 
 
 def test_a_run_in_which_nothing_is_wrong(monkeypatch, tmp_path, capsys):
@@ -151,7 +154,7 @@ def test_a_run_in_which_nothing_is_wrong(monkeypatch, tmp_path, capsys):
     assert "A Card 80GB, compute capability 9.0, driver 1.2" in said and "m3em_fast: a line of the build" in said
     assert "\nkernels packed sm_90/consensus_map.cubin, NVRTC 12.9" in said
     assert "compute-sanitizer racecheck: ERROR SUMMARY: 0 errors" in said
-    assert "build done, tests passed, triton passed, sanitizer passed, benchmark done" in said
+    assert "build done, tests passed, triton passed, sanitizer passed, training done, benchmark done" in said
     chosen = [command[command.index("-k") + 1] for command, _, _ in machine.commands if "-k" in command]
     assert chosen == ["not triton", "triton", *["handful and not triton"] * len(gpu.TOOLS)]
     assert machine.commands[1][2] == {"M3EM_CUDA_ARCHS": "9.0"}
@@ -160,16 +163,25 @@ def test_a_run_in_which_nothing_is_wrong(monkeypatch, tmp_path, capsys):
     assert names == [f"gpu-a-card-80gb-{dtype}.json" for dtype in ("float16", "float32", "bfloat16")]
     given = json.loads(measured[0][measured[0].index("--conditions") + 1])
     passed = dict.fromkeys(("tests", "triton", "sanitizer"), "passed")
-    assert given == {**FOUND, **KERNELS, "build": "done", **passed}
+    assert given == {**FOUND, **KERNELS, "build": "done", **passed, "training": "done"}
+    (epoch,) = [command for command, _, _ in machine.commands if "bench.gpu_train" in command]
+    assert Path(epoch[epoch.index("--json") + 1]).name == "gpu-a-card-80gb-train.json"
+    assert json.loads(epoch[epoch.index("--conditions") + 1]) == {**FOUND, **KERNELS, "build": "done", **passed}
 
 
 def test_what_fails_is_the_exit_code_and_stops_nothing_else(monkeypatch, tmp_path, capsys):
     machine = Machine(monkeypatch, share=0.1, code=9, text="== ERROR SUMMARY: 3 errors")
     assert gpu.main(["--results", str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert "build failed, tests failed, triton failed, sanitizer failed, benchmark failed" in said
+    assert "build failed, tests failed, triton failed, sanitizer failed, training failed, benchmark failed" in said
     assert "compute-sanitizer memcheck: ERROR SUMMARY: 3 errors" in said
-    assert len(machine.commands) == 10
+    assert len(machine.commands) == 11
+
+
+def test_without_the_libraries_of_training_no_epoch_is_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "TRAINING", ("tqdm", "no_such_module"))
+    assert gpu.training(1, tmp_path, FOUND) == "not found"
+    assert capsys.readouterr().out == "no_such_module missing, so no epoch of train.py is run.\n"
 
 
 def test_where_triton_serves_nothing_its_tests_are_left_out(monkeypatch, capsys):

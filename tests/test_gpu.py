@@ -20,6 +20,8 @@ from m3em_fast import ops
 from m3em_fast.backends import current
 from op_cases import DTYPES, HALF, Call, check, lay_out, random_grad, random_tensors
 
+pytestmark = pytest.mark.gpu
+
 ROOT = Path(__file__).resolve().parents[1]
 # The special shape with one chunk of channels and with several, other shapes, full tiles and parts of one, more cells
 # than threads, maps longer than wide, one position, no clip.

@@ -11,6 +11,8 @@ from m3em_fast.nn import MutualEnhancement
 from m3em_fast.ops import _gated_projection_cuda
 from op_cases import DTYPES, FULL_CALLS, HALF, Call, check, lay_out, random_grad, random_tensors
 
+pytestmark = pytest.mark.gpu
+
 CALLS = (
     Call("channel_gate", gates=1),
     Call("channel_gate", gates=2),
