@@ -287,7 +287,7 @@ def test_without_a_driver_everything_works_and_says_why(without_driver):
     with m3em_fast.backend("cuda"), pytest.raises(BackendError, match=re.escape(without_driver)):
         ops.consensus_map(a, b)
     with pytest.raises(BackendError, match=re.escape(without_driver)):
-        torch.ops.m3em_fast._consensus_map(a, b, 2, False, 1e-8, torch.float32, "cuda")
+        torch.ops.m3em_fast._consensus_map(a, b, 2, False, 1e-8, "float32", "cuda")
 
 
 def test_the_simulated_backend_is_for_tests_alone(monkeypatch):
@@ -298,7 +298,7 @@ def test_the_simulated_backend_is_for_tests_alone(monkeypatch):
     ):
         pass
     with pytest.raises(BackendError, match="no simulated driver is open"):
-        torch.ops.m3em_fast._consensus_map(*tensors(), 2, False, 1e-8, torch.float32, "simt")
+        torch.ops.m3em_fast._consensus_map(*tensors(), 2, False, 1e-8, "float32", "simt")
     simt_cases.simulated()
     with m3em_fast.backend("auto"):
         assert backends.choose("consensus_map", backends.KERNELS["consensus_map"], tuple(tensors()))[0] == "cpu"
@@ -334,6 +334,7 @@ def test_a_fake_tensor_of_a_card_is_traced_for_the_card(with_driver):
     assert m3em_fast.explain("consensus_map", *inputs).splitlines() == [
         "consensus_map is served by cuda.",
         "cpu: it takes CPU tensors, not tensors on cuda:0",
+        "triton: it takes CPU tensors under TRITON_INTERPRET=1, not tensors on cuda:0",
         "reference: slower",
     ]
     assert backends.choose("consensus_map", backends.KERNELS["consensus_map"], tuple(inputs)) == ("cuda", True)
@@ -366,7 +367,7 @@ def test_the_wrong_tensors_for_a_card(with_driver):
     with m3em_fast.backend("cuda"), pytest.raises(BackendError, match="it takes CUDA tensors, not tensors on cpu"):
         ops.consensus_map(*tensors())
     with pytest.raises(BackendError, match="it takes CUDA tensors, not tensors on cpu"):
-        torch.ops.m3em_fast._consensus_map(*tensors(), 2, False, 1e-8, torch.float32, "cuda")
+        torch.ops.m3em_fast._consensus_map(*tensors(), 2, False, 1e-8, "float32", "cuda")
 
 
 def test_threads_that_ask_at_once_compile_once(card, compiler):

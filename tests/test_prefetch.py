@@ -136,16 +136,18 @@ def test_an_error_of_the_requests_comes_up_in_its_place(stores, depth):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_left_in_the_middle_it_ends(error):
     """It waits for what has begun, and begins nothing more."""
-    ended, gate = [], threading.Event()
+    ended, gate, begun = [], threading.Event(), threading.Semaphore(0)
 
     def read(item, room):
         if item:
+            begun.release()
             gate.wait(10)
         ended.append(item)
         return {}
 
     with pytest.raises(error), Prefetch(range(10**9), read, depth=4, workers=2) as batches:
         next(batches)
+        assert all(begun.acquire(timeout=10) for _ in range(2))
         threading.Timer(0.05, gate.set).start()
         raise error
     assert not threads() and sorted(ended) == [0, 1, 2]

@@ -99,7 +99,7 @@ def test_a_float32_result_of_half_maps(half, shape, layout):
     call = Call("consensus_map")
     tensors = random_tensors(call, *shape, half)
     leaves = [t.requires_grad_() for t in tensors]
-    out, _ = torch.ops.m3em_fast._consensus_map(*leaves, 3, False, 1e-8, torch.float32, "simt")
+    out, _ = torch.ops.m3em_fast._consensus_map(*leaves, 3, False, 1e-8, "float32", "simt")
     assert out.dtype == torch.float32
     expected = call.exact(tensors)
     exact.assert_close(out, expected.value, exact.bound(expected, torch.float32, torch.float32))

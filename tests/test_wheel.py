@@ -98,12 +98,15 @@ def test_archive_holds_what_a_checkout_does(tree, archive):
     assert not [name for name in inside if name.endswith((".so", ".o", ".pyc", ".whl", ".zip"))]
 
 
+DATA = ("m3em_fast/_cuda.zip", "m3em_fast/triton/table.json")
+
+
 def test_wheel_holds_the_package_and_nothing_else(tree, unpacked):
     files = {p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()}
     package = {p.relative_to(tree).as_posix() for p in (tree / "m3em_fast").rglob("*.py")}
     info = f"m3em_fast-{version()}.dist-info"
     binary = extension(unpacked).relative_to(unpacked).as_posix()
-    assert {name for name in files if not name.startswith(info)} == package | {binary, "m3em_fast/_cuda.zip"}
+    assert {name for name in files if not name.startswith(info)} == package | {binary, *DATA}
     assert f"{info}/licenses/LICENSE" in files
 
 
