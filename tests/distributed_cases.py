@@ -15,6 +15,7 @@ import torch
 
 import train
 from m3em_fast.uda import _pulse
+from train_cases import at_call
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as train.py has it, for the server
 SERVER = multiprocessing.get_context("forkserver")
@@ -85,20 +86,6 @@ def run_main(rank, options, change=None, *arguments):
         change(rank, *arguments)
     train.parse = lambda *_: options
     return train.main()
-
-
-def at_call(owner, name, count, action):
-    """From now on the ``count``-th call of a function does something else first."""
-    real, calls = getattr(owner, name), 0
-
-    def counted(*arguments, **options):
-        nonlocal calls
-        calls += 1
-        if calls == count:
-            action()
-        return real(*arguments, **options)
-
-    setattr(owner, name, counted)
 
 
 def signal_at(rank, who, name, count, *numbers):

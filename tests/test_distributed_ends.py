@@ -18,12 +18,12 @@ import pytest
 import torch
 
 import train
-from distributed_cases import at_call, ended, impatient, run_main, signal_at, started, together
+from distributed_cases import ended, impatient, run_main, signal_at, started, together
 from m3em_fast.data.prefetch import BatchReader
 from m3em_fast.data.store import FeatureStore, FeatureStoreWriter
 from m3em_fast.uda import _pulse, distributed
 from m3em_fast.uda.checkpoint import load_checkpoint
-from train_cases import CLASSES, MODALITIES, make_options, write_data, write_store
+from train_cases import CLASSES, MODALITIES, at_call, make_options, write_data, write_store
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = socket.gethostname()

@@ -25,7 +25,7 @@ import train
 from m3em_fast.data.store import FeatureStoreWriter
 from m3em_fast.uda import run as run_module
 from m3em_fast.uda.checkpoint import load_checkpoint
-from train_cases import CLASSES, MODALITIES, make_options, write_data
+from train_cases import CLASSES, MODALITIES, at_call, make_options, write_data
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 10  # of two epochs
@@ -49,20 +49,6 @@ def small(data, run, **changes):
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     return train.train(small(data, tmp_path_factory.mktemp("whole") / "run"))
-
-
-def at_call(module, name, count, action):
-    """From now on the ``count``-th call of a function does something else first."""
-    real, calls = getattr(module, name), 0
-
-    def counted(*arguments, **options):
-        nonlocal calls
-        calls += 1
-        if calls == count:
-            action()
-        return real(*arguments, **options)
-
-    setattr(module, name, counted)
 
 
 def send(*numbers):

@@ -43,6 +43,20 @@ def make_options(data, run, **changes):
     return train.Options(data=data, run=run, **{**sizes, "fc_dim": 16, "relation_dim": 8, "device": "cpu", **changes})
 
 
+def at_call(owner, name, count, action):
+    """From now on the ``count``-th call of a function does something else first."""
+    real, calls = getattr(owner, name), 0
+
+    def counted(*arguments, **options):
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            action()
+        return real(*arguments, **options)
+
+    setattr(owner, name, counted)
+
+
 def mutated(data, original, end):
     """The bytes with some of them, before ``end``, taken out, put in, written over or set to others."""
     changed = bytearray(original)
