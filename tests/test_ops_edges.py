@@ -251,7 +251,8 @@ def run(call, tensors):
 @EVERY_DTYPE
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize(
-    ("shape", "latent"), [((6, 150, 3, 2), 19), ((5, 17, 17, 16), 134), ((1, 1, 41, 40), 7), ((2, 300, 1, 1), 33)]
+    ("shape", "latent"),
+    [((6, 150, 3, 2), 19), ((5, 17, 17, 16), 134), ((1, 1, 41, 40), 7), ((2, 300, 1, 1), 33), ((9, 40, 7, 7), 300)],
 )
 def test_projections_larger_than_the_blocks_of_a_matrix_product(backend, dtype, layout, shape, latent):
     """Channels, positions, samples and rows of the weight that fill several blocks and a part of one."""
@@ -281,6 +282,35 @@ def test_results_do_not_share_memory(backend):
         out = call(*tensors)
         assert out.untyped_storage().data_ptr() not in [tensor.untyped_storage().data_ptr() for tensor in tensors]
         assert np.shares_memory(out.numpy(), tensors[0].numpy()) is False
+
+
+@pytest.mark.parametrize("call", [call for call in FULL_CALLS if call.op != "gated_consensus_pool"], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [(dtype, "contiguous") for dtype in DTYPES] + [(torch.float32, "channels_last")]
+)
+def test_more_than_caches_hold(call, dtype, layout):
+    """Such results are stored past the caches: they have to be what the clips give in parts that fit. With an odd
+    number of channels and of positions no clip but the first begins where a line of a cache does."""
+    c, maps = 37, 1 if call.op == "gated_projection" else 2  # of x's size or nearly, that a call reads or writes
+    n = 32 * 2**20 // (c * 49 * dtype.itemsize * maps)
+    n += 3
+    tensors = random_tensors(call, n, c, 7, 7, dtype, layouts=[layout] * len(call.names), d=5)
+    batched = [len(tensor) == n for tensor in tensors]
+    grad = None
+    found = []
+    with m3em_fast.backend("cpu"):
+        for part in (n, n // 16):
+            own = [[], *([] for _ in tensors)]
+            for start in range(0, n, part):
+                clips = [t[start : start + part] if b else t for t, b in zip(tensors, batched, strict=True)]
+                clips = [clip.detach().requires_grad_() for clip in clips]
+                out = call(*clips)
+                grad = random_grad(out) if grad is None else grad
+                gradients = torch.autograd.grad(out, clips, grad[start : start + part])
+                for results, result in zip(own, (out.detach(), *gradients), strict=True):
+                    results.append(result)
+            found.append([torch.cat(results) for results, b in zip(own, [True, *batched], strict=True) if b])
+    assert all(torch.equal(whole, parts) for whole, parts in zip(*found, strict=True))
 
 
 LARGE = [Call("channel_gate", gates=1)] + [

@@ -17,6 +17,8 @@ void forward(const ChannelGate &o) {
     using vec = typename vec_of<A>::type;
     const int64_t p = o.h * o.w, all = o.num_gates * o.c;
     const Layout layout = layout_of(o.x, o.c, o.h, o.w), out_layout = layout_of(o.out, all, o.h, o.w);
+    const bool past = past_cache(o.n * (o.c + all) * p, o.x.dtype);
+    const bool direct = sizeof(T) == sizeof(A) && !past;
     const int64_t bytes = int64_t(sizeof(A)) * (all + 2 * B * p) + 3 * 64;
     for_each(o.n, o.threads, bytes, [&](Scratch &scratch, int64_t n) {
         A *gates = scratch.take<A>(all);
@@ -52,9 +54,7 @@ void forward(const ChannelGate &o) {
             const A *rows = load_rows<T, A>(x, o.x, layout, c0, count, o.h, o.w, in);
             for (int g = 0; g < o.num_gates; ++g) {
                 T *to = out + (g * o.c + c0) * p;
-                A *result = made;
-                if constexpr (sizeof(T) == sizeof(A))
-                    result = reinterpret_cast<A *>(to);
+                A *result = direct ? reinterpret_cast<A *>(to) : made;
                 for (int64_t i = 0; i < count; ++i) {
                     const A gate = gates[g * o.c + c0 + i];
                     const A *from = rows + i * p;
@@ -65,8 +65,8 @@ void forward(const ChannelGate &o) {
                     for (; q < p; ++q)
                         row[q] = from[q] * gate;
                 }
-                if constexpr (sizeof(T) != sizeof(A))
-                    narrow_row(made, to, count * p);
+                if (!direct)
+                    put_rows(made, to, count * p, past);
             }
         }
     });
@@ -82,6 +82,8 @@ void backward(const ChannelGate &o) {
     bool needs_x = false; // the gradients of the gates need x
     for (int g = 0; g < o.num_gates; ++g)
         needs_x |= o.grad_gates[g].data != nullptr;
+    const bool past = past_cache(o.n * (all + (needs_x ? 2 : 1) * o.c) * p, o.x.dtype);
+    const bool direct = sizeof(T) == sizeof(A) && !past;
     const int64_t bytes = int64_t(sizeof(A)) * (all + 4 * V * p) + 6 * 64;
     for_each(o.n, o.threads, bytes, [&](Scratch &scratch, int64_t n) {
         A *gates = scratch.take<A>(all);
@@ -102,10 +104,7 @@ void backward(const ChannelGate &o) {
                                  ? load_rows<T, A>(sample_of<const T>(o.x, n), o.x, layout, c0, count, o.h, o.w, tile_x)
                                  : nullptr;
                 T *to = o.grad_x.data ? sample_of<T>(o.grad_x, n) + c0 * p : nullptr;
-                A *gx = tile_gx;
-                if constexpr (sizeof(T) == sizeof(A))
-                    if (to)
-                        gx = reinterpret_cast<A *>(to);
+                A *gx = to && direct ? reinterpret_cast<A *>(to) : tile_gx;
                 for (int g = 0; g < o.num_gates; ++g) {
                     const A *go = load_rows<T, A>(sample_of<const T>(o.grad_out, n), o.grad_out, go_layout,
                                                   g * o.c + c0, count, o.h, o.w, tile_go);
@@ -127,9 +126,8 @@ void backward(const ChannelGate &o) {
                             row[q] = g ? row[q] + from[q] * gate : from[q] * gate;
                     }
                 }
-                if constexpr (sizeof(T) != sizeof(A))
-                    if (to)
-                        narrow_row(tile_gx, to, count * p);
+                if (to && !direct)
+                    put_rows(tile_gx, to, count * p, past);
                 continue;
             }
             if (needs_x)
@@ -154,7 +152,7 @@ void backward(const ChannelGate &o) {
             }
             if (o.grad_x.data)
                 store_tile<T, A>(tile_gx, sample_of<T>(o.grad_x, n), o.grad_x, gx_layout, c0, count, o.c, o.h, o.w,
-                                 rows);
+                                 rows, V, past);
         }
     });
 }

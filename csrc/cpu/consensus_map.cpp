@@ -16,6 +16,8 @@ namespace m3em {
 namespace M3EM_ISA {
 namespace {
 
+constexpr int64_t Ahead = 2 * V; // channels between those that are worked on and those that are fetched
+
 template <class A>
 A add_lanes(const A *lanes) {
     return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
@@ -45,9 +47,11 @@ struct Pair {
     const ConsensusMap &m;
     const Tensor *tensor[2];
     Layout layout[2];
+    bool far; // more than a second-level cache holds
     explicit Pair(const ConsensusMap &map) : m(map), tensor{&map.a, &map.b} {
         for (int i = 0; i < 2; ++i)
             layout[i] = layout_of(*tensor[i], m.d, m.h, m.w);
+        far = m.n * m.d * m.h * m.w * int64_t(sizeof(T)) >= int64_t(2) << 20;
     }
 
     // Calls body(first channel, number of channels) with the tiles loaded, and with `means` subtracted if there are
@@ -60,6 +64,8 @@ struct Pair {
             for (int i = 0; i < 2; ++i) {
                 load_tile<T, A>(sample_of<const T>(*tensor[i], n), *tensor[i], layout[i], c0, count, m.d, m.h, m.w,
                                 room.rows, room.tile[i]);
+                if (far && layout[i] == Layout::rows)
+                    prefetch<1>(sample_of<const T>(*tensor[i], n) + (c0 + Ahead) * p, V * p * int64_t(sizeof(T)));
                 if (means)
                     for (int64_t q = 0; q < p; ++q)
                         for (int lane = 0; lane < count; ++lane)
@@ -150,6 +156,7 @@ void backward(const ConsensusMap &m) {
     const Pair<T> pair(m);
     const int64_t p = plan.positions, stats_size = consensus_map_stats(m.h, m.w, m.num_scales, m.center);
     const Tensor *results[2] = {&m.grad_a, &m.grad_b};
+    const bool past = past_cache(4 * m.n * m.d * p, m.a.dtype);
     const Layout layouts[2] = {layout_of(m.grad_a, m.d, m.h, m.w), layout_of(m.grad_b, m.d, m.h, m.w)};
     const int64_t bytes =
         Room<A>::bytes(plan) + int64_t(sizeof(A)) * (p + 3 * plan.cells + V * p + V * plan.lines * m.w) + 6 * 64;
@@ -209,7 +216,7 @@ void backward(const ConsensusMap &m) {
                     to[q] = f[3 * q] * other[q] - f[3 * q + 1 + i] * own[q] + from_cells;
                 });
                 store_tile<T, A>(grad, sample_of<T>(*results[i], n), *results[i], layouts[i], c0, count, m.d, m.h, m.w,
-                                 room.rows);
+                                 room.rows, V, past);
             }
         });
     });

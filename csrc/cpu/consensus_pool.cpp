@@ -61,6 +61,8 @@ void backward(const ConsensusPool &o) {
     using vec = typename vec_of<A>::type;
     const int64_t p = o.h * o.w;
     const Layout layout = layout_of(o.x, o.c, o.h, o.w), gx_layout = layout_of(o.grad_x, o.c, o.h, o.w);
+    const bool past = past_cache((o.grad_cmap.data ? 2 : 1) * o.n * o.c * p, o.x.dtype);
+    const bool direct = sizeof(T) == sizeof(A) && !past;
     const int64_t bytes = int64_t(sizeof(A)) * (p + V * p + 3 * V * p + 2 * o.c) + 7 * 64;
     for_each(o.n, o.threads, bytes, [&](Scratch &scratch, int64_t n) {
         A *weight = scratch.take<A>(p);
@@ -78,9 +80,7 @@ void backward(const ConsensusPool &o) {
             T *to = sample_of<T>(o.grad_x, n);
             for (int64_t c0 = 0; c0 < o.c; c0 += V) {
                 const int64_t count = o.c - c0 < V ? o.c - c0 : V;
-                A *result = made;
-                if constexpr (sizeof(T) == sizeof(A))
-                    result = reinterpret_cast<A *>(to + c0 * p);
+                A *result = direct ? reinterpret_cast<A *>(to + c0 * p) : made;
                 for (int64_t i = 0; i < count; ++i) {
                     A *row = result + i * p;
                     const A g = go[c0 + i];
@@ -90,19 +90,17 @@ void backward(const ConsensusPool &o) {
                     for (; q < p; ++q)
                         row[q] = weight[q] * g;
                 }
-                if constexpr (sizeof(T) != sizeof(A))
-                    narrow_row(made, to + c0 * p, count * p);
+                if (!direct)
+                    put_rows(made, to + c0 * p, count * p, past);
             }
         } else if (o.grad_x.data && gx_layout == Layout::channels_last) {
             T *to = sample_of<T>(o.grad_x, n);
             for (int64_t q = 0; q < p; ++q) {
-                A *row = line;
-                if constexpr (sizeof(T) == sizeof(A))
-                    row = reinterpret_cast<A *>(to + q * o.c);
+                A *row = direct ? reinterpret_cast<A *>(to + q * o.c) : line;
                 for (int64_t c = 0; c < o.c; ++c)
                     row[c] = go[c] * weight[q];
-                if constexpr (sizeof(T) != sizeof(A))
-                    narrow_row(line, to + q * o.c, o.c);
+                if (!direct)
+                    put_rows(line, to + q * o.c, o.c, past);
             }
         } else if (o.grad_x.data) {
             for (int64_t c0 = 0; c0 < o.c; c0 += V) {

@@ -13,19 +13,18 @@
 namespace m3em {
 namespace {
 
-#define M3EM_KERNELS(isa, last)                                                                                        \
+#define M3EM_KERNELS(isa)                                                                                              \
     Kernels {                                                                                                          \
         #isa, isa::channel_gate_forward, isa::channel_gate_backward, isa::consensus_map_forward,                       \
             isa::consensus_map_backward, isa::consensus_pool_forward, isa::consensus_pool_backward,                    \
-            isa::gated_projection_forward, last::gated_projection_backward, isa::uint8_features                        \
+            isa::gated_projection_forward, isa::gated_projection_backward, isa::uint8_features                         \
     }
 
 const Kernels every[] = {
-    M3EM_KERNELS(plain, plain),
+    M3EM_KERNELS(plain),
 #if defined(__x86_64__)
-    M3EM_KERNELS(avx2, avx2),
-    // Wide registers win nothing there: docs/performance.md.
-    M3EM_KERNELS(avx512, avx2),
+    M3EM_KERNELS(avx2),
+    M3EM_KERNELS(avx512),
 #endif
 };
 

@@ -16,6 +16,7 @@ namespace {
 // Of these, only the two depths are in the results: sums are made in pieces of so many terms, whatever the rest is.
 constexpr int64_t Depth = 128;           // rows of a panel of folded weights
 constexpr int64_t Positions = 256;       // terms of one block of M_n
+constexpr int64_t Rows = 256;            // rows of M_n that a task goes through all samples with
 constexpr int64_t Group = 4;             // samples of 7x7 that share one reading of a block of weights
 constexpr int64_t Columns = 128;         // columns of the result that one task makes
 constexpr int64_t PanelBytes = 14 << 10; // panels of x that stay in the first-level cache
@@ -35,16 +36,19 @@ struct Work {
     A *const weights; // forward: [gate][strip of D][C][W]; backward: [gate][strip of C][D][W]
     A *const grads;   // backward: like the weights
     A *const gates;   // [sample][gate][pitch], zeros behind C
+    A *const sums;    // backward: like the gates, of their gradients
 
     Work(const GatedProjection &o, bool backward)
         : strips(up(backward ? o.c : o.d, W)), panel((backward ? o.d : o.c) * W), pitch(up(o.c, W) * W),
-          memory(int64_t(sizeof(A)) * o.num_gates * (strips * panel * (backward ? 2 : 1) + o.n * pitch) + 3 * 64),
+          memory(int64_t(sizeof(A)) * o.num_gates * (strips * panel + o.n * pitch) * (backward ? 2 : 1) + 4 * 64),
           weights(memory.take<A>(o.num_gates * strips * panel)),
           grads(memory.take<A>(backward ? o.num_gates * strips * panel : 0)),
-          gates(memory.take<A>(o.n * o.num_gates * pitch)) {}
+          gates(memory.take<A>(o.n * o.num_gates * pitch)),
+          sums(memory.take<A>(backward ? o.n * o.num_gates * pitch : 0)) {}
     A *weights_at(int g, int64_t strip) const { return weights + (g * strips + strip) * panel; }
     A *grads_at(int g, int64_t strip) const { return grads + (g * strips + strip) * panel; }
     const A *gate(const GatedProjection &o, int64_t n, int g) const { return gates + (n * o.num_gates + g) * pitch; }
+    A *gate_sums(const GatedProjection &o, int64_t n, int g) const { return sums + (n * o.num_gates + g) * pitch; }
 };
 
 // Numbers from .. from+count of row d of the weight.
@@ -150,7 +154,8 @@ void project(const GatedProjection &o, const Work<A> &work, bool backward, const
     const int64_t p = o.h * o.w, group = most(1, least(least(Group, Group * 49 / p), o.n));
     const int64_t per_task = most(1, least(least(Columns, Columns * Group * 49 / (group * p)) / W, work.strips));
     const int64_t groups = up(o.n, group), blocks = up(work.strips, per_task);
-    const Layout layout = layout_of(out, columns, o.h, o.w);
+    const Layout layout = layout_of(out, columns, o.h, o.w), in_layout = layout_of(in, depth, o.h, o.w);
+    const bool past = past_cache(o.n * (o.c + o.d) * p, out.dtype);
     const int64_t numbers = group * per_task * p * W + Depth * W + group * least(Depth, depth) * p + V * p;
     for_each(groups * blocks, o.threads, int64_t(sizeof(A)) * numbers + 4 * 64, [&](Scratch &scratch, int64_t task) {
         const int64_t s0 = task / groups * per_task, n0 = task % groups * group;
@@ -164,8 +169,17 @@ void project(const GatedProjection &o, const Work<A> &work, bool backward, const
             Operand<A> operands[Group];
             for (int64_t i = 0; i < samples; ++i)
                 operands[i] = operand(in, n0 + i, k0, count, depth, o.h, o.w, room + i * least(Depth, depth) * p);
+            Ahead ahead;
+            const bool more = k0 + Depth < depth;
+            for (int64_t i = 0; i < (more ? samples : group); ++i) {
+                const int64_t n = more ? n0 + i : n0 + group + i, from = more ? k0 + Depth : 0;
+                if (n < o.n)
+                    ahead.add(in, in_layout, n, from, least(Depth, depth - from), p);
+            }
+            ahead.plan(strips * samples);
             for (int64_t s = 0; s < strips; ++s)
                 for (int64_t i = 0; i < samples; ++i) {
+                    ahead.step();
                     fold(o, work, backward, n0 + i, s0 + s, k0, count, panel);
                     const Operand<A> from = operands[i];
                     A *to = sums + (i * per_task + s) * p * W;
@@ -189,7 +203,7 @@ void project(const GatedProjection &o, const Work<A> &work, bool backward, const
                     for (int64_t j = 0; j < W && (s0 + s) * W + j < columns; j += V) {
                         const int64_t j0 = (s0 + s) * W + j;
                         store_tile(to + j, sample_of<T>(out, n0 + i), out, layout, j0, int(least(V, columns - j0)),
-                                   columns, o.h, o.w, rows, W);
+                                   columns, o.h, o.w, rows, W, past);
                     }
                 });
             }
@@ -214,59 +228,72 @@ static inline void load_panel(const GatedProjection &o, int64_t n, int64_t c0, L
 // samples take turns at a block of weights and their gradients, which stays in the first-level cache for them.
 template <class A>
 static inline void outer_panels(const GatedProjection &o, const Work<A> &work, const Operand<A> *grads, const A *panels,
-                                int64_t n0, int64_t count, int64_t strip, A *gate_sums) {
+                                int64_t n0, int64_t count, int64_t strip, int64_t d0, int64_t rows, Ahead &ahead) {
     constexpr int64_t W = Block<A>::W;
     const int64_t p = o.h * o.w;
-    std::memset(gate_sums, 0, count * o.num_gates * W * sizeof(A));
     for (int64_t p0 = 0; p0 < p; p0 += Positions)
-        for_rows<A>(o.d, [&](auto block, int64_t d) __attribute__((always_inline)) {
+        for_rows<A>(rows, [&](auto block, int64_t row) __attribute__((always_inline)) {
+            const int64_t d = d0 + row;
             for (int64_t i = 0; i < count; ++i) {
                 const Operand<A> &grad = grads[i];
+                ahead.step();
                 block.clear();
-                block.multiply(grad.data + d * grad.row + p0 * grad.step, grad.row, grad.step,
+                block.multiply(grad.data + row * grad.row + p0 * grad.step, grad.row, grad.step,
                                panels + (i * p + p0) * W, least(Positions, p - p0));
                 for (int g = 0; g < o.num_gates; ++g) {
                     if (o.grad_weight.data)
                         block.add_scaled(work.gate(o, n0 + i, g) + strip * W, work.grads_at(g, strip) + d * W);
                     if (o.grad_gates[g].data)
-                        block.add_products(work.weights_at(g, strip) + d * W, gate_sums + (i * o.num_gates + g) * W);
+                        block.add_products(work.weights_at(g, strip) + d * W, work.gate_sums(o, n0 + i, g) + strip * W);
                 }
             }
         });
-    for (int64_t i = 0; i < count; ++i)
-        for (int g = 0; g < o.num_gates; ++g)
-            for (int64_t c = 0; o.grad_gates[g].data && c < least(W, o.c - strip * W); ++c)
-                put_matrix(o.grad_gates[g], n0 + i, strip * W + c, gate_sums[(i * o.num_gates + g) * W + c]);
 }
 
-// Gradients of the weight and of the gates. One task is a block of channels, which sees all samples in their order.
+// Gradients of the weight and of the gates. One task is a block of channels, which sees all samples in their order, and
+// all of them again for the next rows of M_n: the weights and gradients of those rows and channels, what the samples of
+// a group have there and what is fetched for the next group fit the second-level cache together.
 template <class A>
 void outer(const GatedProjection &o, const Work<A> &work) {
     constexpr int64_t W = Block<A>::W;
-    const int64_t p = o.h * o.w, strip_bytes = 2 * o.num_gates * work.panel * int64_t(sizeof(A));
+    const int64_t p = o.h * o.w, strip_bytes = 2 * o.num_gates * least(Rows, o.d) * W * int64_t(sizeof(A));
     const int64_t per_task = most(1, least(4, KeptBytes / strip_bytes)), tasks = up(work.strips, per_task);
     const int64_t group = most(1, least(least(Group, PanelBytes / (p * W * int64_t(sizeof(A)))), o.n));
-    const int64_t bytes = int64_t(sizeof(A)) * (group * (p * W + o.d * p + o.num_gates * W) + V * p) + 4 * 64;
-    const Layout layout = layout_of(o.x, o.c, o.h, o.w);
+    const int64_t bytes = int64_t(sizeof(A)) * (group * (p * W + least(Rows, o.d) * p) + V * p) + 4 * 64;
+    const Layout layout = layout_of(o.x, o.c, o.h, o.w), grad_layout = layout_of(o.grad_out, o.d, o.h, o.w);
     for_each(tasks, o.threads, bytes, [&](Scratch &scratch, int64_t task) {
         const int64_t s0 = task * per_task, s1 = least(work.strips, s0 + per_task);
         A *panels = scratch.take<A>(group * p * W);
         A *rows = scratch.take<A>(V * p);
-        A *room = scratch.take<A>(group * o.d * p);
-        A *gate_sums = scratch.take<A>(group * o.num_gates * W);
+        A *room = scratch.take<A>(group * least(Rows, o.d) * p);
         for (int g = 0; o.grad_weight.data && g < o.num_gates; ++g)
             std::memset(work.grads_at(g, s0), 0, (s1 - s0) * work.panel * sizeof(A));
-        for (int64_t n0 = 0; n0 < o.n; n0 += group) {
-            const int64_t count = least(group, o.n - n0);
-            Operand<A> grads[Group];
-            for (int64_t i = 0; i < count; ++i)
-                grads[i] = operand(o.grad_out, n0 + i, 0, o.d, o.d, o.h, o.w, room + i * o.d * p);
-            for (int64_t s = s0; s < s1; ++s) {
+        for (int64_t i = 0; i < o.n * o.num_gates; ++i)
+            std::memset(work.gate_sums(o, 0, 0) + i * work.pitch + s0 * W, 0, (s1 - s0) * W * sizeof(A));
+        for (int64_t d0 = 0; d0 < o.d; d0 += Rows)
+            for (int64_t n0 = 0; n0 < o.n; n0 += group) {
+                const int64_t count = least(group, o.n - n0), those = least(Rows, o.d - d0);
+                Operand<A> grads[Group];
                 for (int64_t i = 0; i < count; ++i)
-                    load_panel(o, n0 + i, s * W, layout, rows, panels + i * p * W);
-                outer_panels(o, work, grads, panels, n0, count, s, gate_sums);
+                    grads[i] = operand(o.grad_out, n0 + i, d0, those, o.d, o.h, o.w, room + i * least(Rows, o.d) * p);
+                for (int64_t s = s0; s < s1; ++s) {
+                    for (int64_t i = 0; i < count; ++i)
+                        load_panel(o, n0 + i, s * W, layout, rows, panels + i * p * W);
+                    // The next panels of x, and of the next group's gradients this strip's share.
+                    Ahead ahead;
+                    const int64_t next = s + 1 < s1 ? n0 : n0 + group, strip = s + 1 < s1 ? s + 1 : s0;
+                    for (int64_t i = 0; i < least(group, o.n - next); ++i)
+                        ahead.add(o.x, layout, next + i, strip * W, least(W, o.c - strip * W), p);
+                    for (int64_t i = s - s0; i < least(group, o.n - n0 - group); i += s1 - s0)
+                        ahead.add(o.grad_out, grad_layout, n0 + group + i, d0, those, p);
+                    ahead.plan(up(those, Block<A>::R) * up(p, Positions) * count);
+                    outer_panels(o, work, grads, panels, n0, count, s, d0, those, ahead);
+                }
             }
-        }
+        for (int64_t n = 0; n < o.n; ++n)
+            for (int g = 0; g < o.num_gates; ++g)
+                for (int64_t c = s0 * W; o.grad_gates[g].data && c < least(s1 * W, o.c); ++c)
+                    put_matrix(o.grad_gates[g], n, c, work.gate_sums(o, n, g)[c]);
     });
     if (!o.grad_weight.data)
         return;

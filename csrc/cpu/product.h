@@ -148,5 +148,39 @@ static inline Operand<A> operand(const Tensor &t, int64_t n, int64_t k0, int64_t
     return copied;
 }
 
+// Runs of memory that will be read next, fetched into the second-level cache a few lines at a time while something else
+// is multiplied: nothing waits for memory then, and it is not asked for more at once than it can answer.
+class Ahead {
+public:
+    // Rows k0 .. k0+count of sample n, where they are one run.
+    void add(const Tensor &t, Layout layout, int64_t n, int64_t k0, int64_t count, int64_t positions) {
+        if (layout != Layout::rows || runs == Most || count < 1)
+            return;
+        const int64_t size = size_of(t.dtype);
+        run[runs++] = {static_cast<const char *>(t.data) + (n * t.stride[0] + k0 * positions) * size,
+                       (count * positions * size + 63) / 64};
+        lines += run[runs - 1].lines;
+    }
+    // In so many steps all of it.
+    void plan(int64_t steps) { each = (lines + steps - 1) / steps; }
+    inline __attribute__((always_inline)) void step() {
+        for (int64_t left = each; left > 0 && now < runs; --left) {
+            __builtin_prefetch(run[now].at, 0, 2);
+            run[now].at += 64;
+            if (--run[now].lines == 0)
+                ++now;
+        }
+    }
+
+private:
+    static constexpr int Most = 16;
+    struct Run {
+        const char *at;
+        int64_t lines;
+    } run[Most];
+    int runs = 0, now = 0;
+    int64_t lines = 0, each = 0;
+};
+
 } // namespace M3EM_ISA
 } // namespace m3em
