@@ -42,7 +42,7 @@ help:
 	@echo "make test-oldest  the tests of ops, modules and training steps under torch $(OLDEST); downloads and keeps several GB"
 	@echo "make bench    time the ops against eager PyTorch and torch.compile, for an hour (BENCH=--quick: arguments of python -m bench)"
 	@echo "make gpu      on a machine with an NVIDIA card, in $(PY) as it is: tests, compute-sanitizer and the benchmark of"
-	@echo "              every op and M3EM on the card, records under bench/results/; at most 8 minutes, no network"
+	@echo "              every op and M3EM on the card; at most 8 minutes, no network (OUT=folder of the records, else bench/results)"
 	@echo "make cuda-report  docs/cuda-resources.md: registers, shared memory, spills and occupancy of every CUDA kernel"
 	@echo "make triton-report  docs/triton-resources.md: the same of the Triton kernels, compiled without a card"
 	@echo "make lint     ruff, mypy and clang-format, changing nothing"
@@ -99,11 +99,12 @@ bench: $(VENV)/.dev build
 	$(BIN)/python -m bench $(BENCH)
 	$(if $(BENCH),,$(BIN)/python -m pytest bench --benchmark-only)
 
-# In the Python that is there, with its torch: the virtual environment would need a network.
+# In the Python that is there, with its torch: the virtual environment would need a network. OUT may also come from the
+# environment.
 gpu:
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 		{ echo "make gpu needs Python 3.10 or newer; name one with: make gpu PY=python3.12."; exit 2; }
-	$(PY) -m bench.gpu
+	$(PY) -m bench.gpu $(if $(OUT),--results "$(OUT)")
 
 cuda-report: $(VENV)/.dev build
 	$(BIN)/python -m bench.cuda_report

@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -195,11 +194,10 @@ def store_scores(options: Options, stores: Stores, model: ActionModel, run: Path
     for split in stores.plan.scored:
         store, folder = stores[split], run / "scores" / split
         verb, noun = predict(model, store, batch=512, device=device, autocast=autocast, team=team)
-        if not team.first:
-            continue
-        if folder.is_dir():
-            shutil.rmtree(folder)  # of this very run, which had ended and was resumed
-        write_scores(folder, store.clips, verb, noun, {"split": split, **said, "features": store.fingerprint})
+        if team.first:
+            about = {"split": split, **said, "features": store.fingerprint}
+            # What is there is of this very run, which had ended and was resumed.
+            write_scores(folder, store.clips, verb, noun, about, replace=True)
 
 
 def fit(

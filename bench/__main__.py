@@ -5,9 +5,11 @@
     python -m bench --quick                           whether it all runs; the figures mean nothing
     python -m bench tune                              on a card: sizes of blocks for the Triton kernels (bench/tune.py)
 
-All providers take turns, and ratios are taken within a turn, so that a busy machine is busy for all of them. Nothing
-is timed before its results and gradients have been compared with the definition. Ratios say how many times faster.
-With float32 among the dtypes, backends run half cases in float32 too, for that ratio. Whoever crashes loses its rows.
+All providers take turns, and ratios are taken within a turn, so that a busy machine is busy for all of them. Copies of
+the inputs take turns too, so that none is found in a cache, and freed memory is kept, so that no time is that of the
+system finding pages (--memory). Nothing is timed before its results and gradients have been compared with the
+definition. Ratios say how many times faster. With float32 among the dtypes, backends run half cases in float32 too, for
+that ratio. Whoever crashes loses its rows.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench import records, report
+from bench.allocator import can_keep
 from bench.case import TINY, Case, Size
 from bench.core import Row, Settings
 from bench.isolation import Child
@@ -69,6 +72,9 @@ class Options:
     """Memory format of the maps."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the inputs are; cuda: the current card, timed by its own clock."""
+    memory: Literal["kept", "fresh"] = "kept"
+    """Of results on the CPU; kept: the process uses again what was freed; fresh: glibc gives much of it back to the
+    system, as it does by itself. Eager PyTorch gains the most from kept memory."""
     backends: tuple[str, ...] = ()
     """Which backends of m3em_fast; none named: all that can run here."""
     compile: bool = True
@@ -164,9 +170,13 @@ def run(options: Options, console: Console) -> list[Row]:
             settings, seconds=0.05, min_rounds=2, max_rounds=5, tiny_calls=5, tiny_rounds=2, copy_buffer=2**24
         )
     cases = plan(options, shapes)
-    where = records.conditions(options.device)
+    keeps = options.memory == "kept" and options.device == "cpu" and can_keep()
+    where = {**records.conditions(options.device), "memory": "kept" if keeps else "fresh"}
     rows: list[Row] = []
-    with Child(settings.copy_buffer, options.device) as child, Progress(console=console, transient=True) as progress:
+    with (
+        Child(settings.copy_buffer, options.device, keeps) as child,
+        Progress(console=console, transient=True) as progress,
+    ):
         console.print(report.conditions_line(where, child.copy_bandwidth()), highlight=False, soft_wrap=True)
         if options.quick:
             console.print("--quick: these figures mean nothing.")

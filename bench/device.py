@@ -1,4 +1,4 @@
-"""Where something is measured: the clock of a CPU or that of a card, and how fast either copies memory.
+"""Where something is measured: the clock of a CPU or that of a card, and how fast either copies memory and multiplies.
 
 On a card the clock is read by the card itself, in the order of its work (CUDA events), so that nothing waits for the
 host between the forward and the backward of a call. Calls take turns with copies of their inputs, more of them than the
@@ -25,8 +25,9 @@ class Device:
     """The CPU."""
 
     name = "cpu"
-    # How many bytes of other inputs a call is to read before it reads the same ones again.
-    cold = 0
+    # How many bytes of other inputs a call is to read before it reads the same ones again: four times what the
+    # last-level cache of most processors has for one program.
+    cold = 128 * 2**20
 
     def prepare(self) -> None:
         """Before a call that is timed, outside its time."""
@@ -87,6 +88,7 @@ class CopyBandwidth:
         self.target.copy_(self.source)
         times = []
         for _ in range(repeats):
+            self.device.prepare()
             start = self.device.mark()
             self.target.copy_(self.source)
             times += self.device.seconds(start, self.device.mark())
@@ -94,3 +96,18 @@ class CopyBandwidth:
 
     def of(self, times: list[float]) -> float:
         return self.bytes / float(np.median(times))
+
+
+def product_rate(dtype: torch.dtype, *, device: str = "cpu", size: int = 8192, repeats: int = 5) -> float:
+    """Floating-point operations a second of a large square product: what the matrix units do at best. Random numbers:
+    of zeros it takes less time."""
+    where = device_of(device)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.mm(a, b)
+    times = []
+    for _ in range(repeats):
+        where.prepare()
+        start = where.mark()
+        torch.mm(a, b, out=out)
+        times += where.seconds(start, where.mark())
+    return 2 * size**3 / float(np.median(times))

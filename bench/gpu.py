@@ -1,12 +1,22 @@
 """What only a card can show, in at most eight minutes and without a network: ``make gpu``, or ``python -m bench.gpu``.
 
-Builds the extension, says whether packed or newly compiled kernels serve the card, runs the tests of the ops and of the
-module on it (tests/test_gpu*.py), some of them under compute-sanitizer where that is found, and measures all of them
-against eager PyTorch, torch.compile and a copy, as far as the time goes: float16 first, and what is left out is in the
-records. Between them an epoch of train.py in float16, on the kernels and on the reference. The records go to
-bench/results/gpu-<card>-<dtype>.json and gpu-<card>-train.json. Needs torch with CUDA, numpy, pytest and hypothesis; to
-build also setuptools, pybind11, ninja and a C++ compiler; for the epoch also what the extra `train` brings, without
-tyro. Runs in the Python that runs it, in no environment of its own.
+Builds the extension, says whether packed or newly compiled kernels serve the card, and runs the tests of the ops and of
+the module on it (tests/test_gpu*.py), each op's in a process of its own and all of them at once. Then it measures, the
+most telling first: all ops and the module in float16 against eager PyTorch, torch.compile and a copy; an epoch of
+train.py in float16, on the kernels and on the reference; compute-sanitizer, where that is found; and the other dtypes.
+What there was no time for is in the records. What one part leaves over of its time goes to the measuring.
+
+In the folder of the records, bench/results/ or what --results names, everything is written as it comes, so that
+whatever ends this leaves what was found before:
+
+    gpu-<card>.log           all that was said, and the output of the tests
+    gpu-<card>.json          the card, how every part ended and what it took, at the end the summary
+    gpu-<card>-<dtype>.json  the times; python -m bench.gpu_summary reads them
+    gpu-<card>-train.json    the epochs
+
+Needs torch with CUDA, numpy, pytest and hypothesis; to build also setuptools, pybind11, ninja and a C++ compiler; for
+the epoch also what the extra `train` brings, without tyro. Runs in the Python that runs it, in no environment of its
+own. An extension or an archive of kernels that is there already serves where the build here fails.
 
 Exit code: 0, or 1 where a part failed or was stopped, or 2 with a sentence where this machine cannot run it.
 """
@@ -22,79 +32,51 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
+import sysconfig
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench import gpu_summary
+from bench.gpu_run import GRACE, ROOT, Done, call, call_all, logged, say
+
 RESULTS = ROOT / "bench/results"
 ARCHIVE = ROOT / "m3em_fast/_cuda.zip"
-# Seconds. What a part leaves over is nobody's; the looks at the card between the parts take theirs from what is spare.
-PARTS = {"build": 90.0, "tests": 95.0, "triton": 50.0, "sanitizer": 40.0, "training": 50.0, "benchmark": 140.0}
+EXTENSION = ROOT / f"m3em_fast/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+# Seconds, in the order in which they are run. The looks at the card, before and after the build, take theirs from what
+# is spare; what is left of that, and what a part leaves over, goes to the measuring.
+PARTS = {"build": 90.0, "tests": 95.0, "float16": 110.0, "training": 55.0, "sanitizer": 50.0, "others": 60.0}
 LIMIT = 480.0
-LOOK = 60.0  # at most, at the card
-# The dtype of training first, with the time of two.
-SHARES = {"float16": 2, "float32": 1, "bfloat16": 1}
+SPARE = {"float16": 0.6, "others": 1.0}  # the share of what is spare by then
+FIRST_LOOK, LOOK = 90.0, 60.0  # at most, at the card; the first one reads torch from the disk
+# Dtypes of the last part, with their shares of its time.
+OTHERS = {"float32": 1, "bfloat16": 1}
+START = 12.0  # a measuring process keeps to so much less than it is stopped after
 OPS = ("channel_gate", "consensus_map", "consensus_pool")  # those with device code of their own
 TESTS = ("tests/test_gpu.py", "tests/test_gpu_ops.py")
+# One process each: what one kernel does to the card ends the process, and not the tests of the others. Triton compiles
+# as it goes, so that it has one of its own.
+CUDA_TESTS = {
+    "consensus_map": (TESTS[:1], "not triton"),
+    "channel_gate": (TESTS[1:], "not triton and channel_gate"),
+    "consensus_pool": (TESTS[1:], "not triton and consensus_pool"),
+    "gated_projection": (TESTS[1:], "not triton and projection"),
+    "module": (TESTS[1:], "not triton and not channel_gate and not consensus_pool and not projection"),
+}
 NO_TESTS = 5  # pytest's exit code where none are chosen
-TOOLS = ("memcheck", "racecheck")
+# Not initcheck: it would have to look at torch's kernels too, which write what ours read.
+TOOLS = ("memcheck", "racecheck", "synccheck")
 NEEDED = ("torch", "numpy", "pytest", "hypothesis")
 # Of the extra `train`, what a training takes that is not called from a command line.
 TRAINING = ("matplotlib", "rich", "tensorboard", "torchmetrics", "tqdm")
+TAIL = 2500  # characters of what a failed command said; the log has all of it
 
 
 class CannotRun(Exception):
     """This machine cannot run it. The message is one sentence."""
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a command ended: its exit code, None where it was stopped at its limit; what it printed, if kept."""
-
-    code: int | None
-    text: str = ""
-
-
-def environment(**more: str) -> dict[str, str]:
-    """Of the commands: this checkout first, no choice of backend from outside, and Triton on the card."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    inherited = {name: value for name, value in os.environ.items() if name != "M3EM_BACKEND"}
-    # tests/conftest.py would have Triton interpret its kernels.
-    return {**inherited, "PYTHONPATH": path, "TRITON_INTERPRET": "0", **more}
-
-
-def call(command: Sequence[str], limit: float, keep: bool = False, **variables: str) -> Done:
-    """Run a command for ``limit`` seconds at most; then it ends with everything that it has started."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(**variables),
-        stdout=subprocess.PIPE if keep else None,
-        stderr=subprocess.STDOUT if keep else None,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # so that all of it can be ended
-    )
-    try:
-        text, _ = process.communicate(timeout=max(limit, 0.1))
-        return Done(process.returncode, text or "")
-    except subprocess.TimeoutExpired:
-        _end(process)
-        return Done(None, process.communicate()[0] or "")
-    except BaseException:
-        _end(process)
-        raise
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def python(*arguments: str) -> list[str]:
@@ -107,17 +89,29 @@ def check_packages() -> None:
 
 
 def look(limit: float, kernels: bool = False) -> dict[str, Any]:
-    """What bench.gpu_card says of the card; raises what is in the way."""
-    done = call(python("-m", "bench.gpu_card", *(["--kernels"] if kernels else [])), limit, keep=True)
+    """What bench.gpu_card says of the card; raises what is in the way of everything."""
+    done = call(python("-m", "bench.gpu_card", *(["--kernels"] if kernels else [])), limit)
     lines = done.text.strip().splitlines() or ["nothing said"]
     answers = [line for line in lines if line.startswith("{")]
     if done.code != 0 or not answers:
         ended = f"took longer than {limit:.0f} s" if done.code is None else f"failed ({lines[-1].rstrip('.')})"
         raise CannotRun(f"looking at the card with the torch of {sys.executable} {ended}.")
     found: dict[str, Any] = json.loads(answers[-1])
-    for problem in ("problem", "kernel_problem"):
-        if problem in found:
-            raise CannotRun(found[problem])
+    if "problem" in found:
+        raise CannotRun(found["problem"])
+    return found
+
+
+def look_at_kernels(found: dict[str, Any]) -> dict[str, Any]:
+    """The same and where our kernels come from, or ``kernel_problem``: then Triton and the baselines are left."""
+    try:
+        found = look(LOOK, kernels=True)
+    except CannotRun as error:
+        found = {**found, "kernel_problem": str(error)}
+    if "kernel_problem" in found:
+        say(f"NO KERNELS OF OURS: {found['kernel_problem']}")
+    else:
+        say(f"kernels {found['kernels']}, NVRTC {found['nvrtc']}")
     return found
 
 
@@ -143,40 +137,73 @@ def packed_for(capability: str) -> bool:
 
 
 @contextlib.contextmanager
-def kept(path: Path, keep: bool) -> Iterator[None]:
-    """The file as it was, afterwards."""
-    before = path.read_bytes() if keep else None
+def kept(archive: bool) -> Iterator[None]:
+    """The archive as it was, afterwards, and the extension where there is no new one."""
+    before = {path: path.read_bytes() for path in (ARCHIVE, EXTENSION) if path.exists()}
     try:
         yield
     finally:
-        if before is not None:
-            path.write_bytes(before)
+        for path, data in before.items():
+            if (path == ARCHIVE and archive) or not path.exists():
+                path.write_bytes(data)
 
 
 def build(limit: float, capability: str) -> str:
     """The extension of this checkout, and device code for this card alone where none is packed for it."""
     ready = packed_for(capability)
-    archs = "none" if ready else capability
-    with kept(ARCHIVE, ready):
-        done = call(python("setup.py", "--quiet", "build_ext", "--inplace"), limit, keep=True, M3EM_CUDA_ARCHS=archs)
+    if ready:
+        say("Kernels for this card are packed already.")
+    with kept(ready):
+        done = call(
+            python("setup.py", "--quiet", "build_ext", "--inplace"),
+            limit,
+            M3EM_CUDA_ARCHS="none" if ready else capability,
+        )
     if done.code == 0:
-        print("\n".join(line for line in done.text.splitlines() if line.startswith("m3em_fast:")) or "up to date")
+        said = [line for line in done.text.splitlines() if line.startswith("m3em_fast:") and "=none" not in line]
+        say("\n".join(said) or "done")
         return "done"
     # An extension of an earlier build may do; the next look says whether it does.
-    print(done.text.strip()[-4000:])
+    say(done.text.strip()[-TAIL:])
     return "stopped" if done.code is None else "failed"
 
 
-def tests(limit: float, chosen: str = "not triton") -> str:
-    """Those of the ops and of the module, on the card. Triton, which compiles as it goes, has a time of its own."""
-    done = call(python("-m", "pytest", "-q", "--maxfail=10", *TESTS, "-k", chosen), limit)
-    if done.code is None:
-        print(f"The tests took longer than {limit:.0f} s and were stopped.")
-        return "stopped"
-    if done.code == NO_TESTS and chosen == "triton":
-        print("Triton serves nothing here (python -m m3em_fast.env says why), so its tests are left out.")
-        return "not found"
-    return "passed" if done.code == 0 else "failed"
+def run_all(commands: Mapping[str, list[str]], limit: float, alone: bool, **variables: str) -> dict[str, Done]:
+    """At once; one after another on a card that has been told to take one process at a time."""
+    if not alone:
+        return call_all(commands, limit, grace=GRACE, **variables)
+    end, found = time.monotonic() + limit, {}
+    for name, command in commands.items():
+        found |= call_all({name: command}, end - time.monotonic(), grace=GRACE, **variables)
+    return found
+
+
+def worst(outcomes: Sequence[str]) -> str:
+    return next((each for each in ("failed", "stopped", "passed", "done") if each in outcomes), "not found")
+
+
+def tests(limit: float, ours: bool = True, alone: bool = False) -> str:
+    """Those of the ops and of the module, on the card; without kernels of ours, those of Triton."""
+    groups = {**(CUDA_TESTS if ours else {}), "triton": (TESTS, "triton")}
+    words = ("-m", "pytest", "-q", "--maxfail=10", "--tb=short", "--durations=3", "-p", "no:cacheprovider")
+    # No plugins of whoever owns the machine; and the processes share its cores (tests/conftest.py).
+    variables = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_XDIST_WORKER_COUNT": str(len(groups))}
+    commands = {name: python(*words, *files, "-k", chosen) for name, (files, chosen) in groups.items()}
+    outcomes = []
+    for name, done in run_all(commands, limit, alone, **variables).items():
+        last = (done.text.strip().splitlines() or ["no word"])[-1].strip("= ")
+        if done.code is None:
+            outcomes.append("stopped")
+            last = f"took longer than {limit:.0f} s and were stopped ({last})"
+        elif done.code == NO_TESTS and name == "triton":
+            outcomes.append("not found")
+            last = "none, for Triton serves nothing here (python -m m3em_fast.env says why)"
+        else:
+            outcomes.append("passed" if done.code == 0 else "failed")
+        if outcomes[-1] in ("failed", "stopped"):
+            say(done.text.strip()[-TAIL:])
+        say(f"tests of {name}: {last}")
+    return worst(outcomes)
 
 
 def find_sanitizer() -> str | None:
@@ -187,64 +214,67 @@ def find_sanitizer() -> str | None:
     )
 
 
-def sanitizer(limit: float) -> str:
-    """A handful of the tests under each tool; every tensor is an allocation of its own, so that its end is known."""
+def sanitizer(limit: float, alone: bool = False) -> str:
+    """A handful of the tests under every tool, which looks at our kernels alone; every tensor is an allocation of its
+    own, so that its end is known."""
     program = find_sanitizer()
     if program is None:
-        print("compute-sanitizer is not found (it comes with the CUDA toolkit), so it is left out.")
+        say("compute-sanitizer is not found (it comes with the CUDA toolkit), so it is left out.")
         return "not found"
-    end, outcome = time.monotonic() + limit, "passed"
     chosen = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, "-k", "handful and not triton")
-    for tool in TOOLS:
-        command = [program, "--tool", tool, "--error-exitcode", "9", *chosen]
-        done = call(command, end - time.monotonic(), keep=True, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        if done.code is None:
-            print(f"compute-sanitizer {tool}: stopped, for the {limit:.0f} s of this part are over.")
-            outcome = "stopped" if outcome == "passed" else outcome
-            continue
+    ours = ("--kernel-name", "kns=channel_gate_,kns=consensus_")
+    commands = {tool: [program, "--tool", tool, *ours, "--error-exitcode", "9", *chosen] for tool in TOOLS}
+    variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    outcomes = []
+    for tool, done in run_all(commands, limit, alone, **variables).items():
         summary = [line for line in done.text.splitlines() if "SUMMARY" in line] or done.text.splitlines()[-1:]
-        print(f"compute-sanitizer {tool}: {' '.join(summary).strip('= ') or 'no word'}")
-        if done.code:
-            print(done.text.strip()[-4000:])
-            outcome = "failed"
-    return outcome
+        said = " ".join(summary).strip("= ") or "no word"
+        if done.code is None:
+            outcomes.append("stopped")
+            said = f"stopped, for the {limit:.0f} s of this part are over ({said})"
+        else:
+            outcomes.append("failed" if done.code else "passed")
+        if outcomes[-1] == "failed":
+            say(done.text.strip()[-TAIL:])
+        say(f"compute-sanitizer {tool}: {said}")
+    return worst(outcomes)
 
 
 def slug(card: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
 
 
-def training(limit: float, results: Path, where: dict[str, Any]) -> str:
+def training(limit: float, path: Path, where: dict[str, Any]) -> str:
     """An epoch of train.py in float16, on the kernels and on the reference."""
     if absent := [name for name in TRAINING if importlib.util.find_spec(name) is None]:
-        print(f"{' and '.join(absent)} missing, so no epoch of train.py is run.")
+        say(f"{' and '.join(absent)} missing, so no epoch of train.py is run.")
         return "not found"
-    results.mkdir(parents=True, exist_ok=True)
-    path = results / f"gpu-{slug(where['card'])}-train.json"
-    done = call(python("-m", "bench.gpu_train", "--json", str(path), "--conditions", json.dumps(where)), limit)
+    words = ("--json", str(path), "--conditions", json.dumps(where))
+    done = call(python("-m", "bench.gpu_train", *words), limit)
+    lines = [line for line in done.text.splitlines() if line.startswith(("bench.gpu_train:", "epoch "))]
+    say("\n".join(lines) or done.text.strip()[-TAIL:])
     if done.code is None:
-        print(f"The training took longer than {limit:.0f} s and was stopped.")
+        say(f"The training took longer than {limit:.0f} s and was stopped.")
         return "stopped"
     return "done" if done.code == 0 else "failed"
 
 
-def benchmark(limit: float, results: Path, where: dict[str, Any]) -> str:
+def benchmark(limit: float, paths: Mapping[str, Path], where: dict[str, Any], shares: Mapping[str, int]) -> str:
     """Every dtype in a process of its own: one that loses the card loses its own figures."""
-    results.mkdir(parents=True, exist_ok=True)
-    end, outcome = time.monotonic() + limit, "done"
-    left = sum(SHARES.values())
-    for dtype, share in SHARES.items():
-        path, seconds = results / f"gpu-{slug(where['card'])}-{dtype}.json", (end - time.monotonic()) * share / left
+    end, outcomes = time.monotonic() + limit, ["done"]
+    left = sum(shares.values())
+    for dtype, share in shares.items():
+        seconds = (end - time.monotonic()) * share / left
         left -= share
-        # It keeps to fewer seconds than it is stopped after, and writes what it has after every case.
-        words = ("--json", str(path), "--seconds", f"{max(seconds - 15, 1):.0f}", "--conditions", json.dumps(where))
-        done = call(python("-m", "bench.gpu_measure", dtype, *words), seconds)
+        # It writes what it has after every case.
+        words = ("--json", str(paths[dtype]), "--seconds", f"{max(seconds - START, 1):.0f}")
+        done = call(
+            python("-m", "bench.gpu_measure", dtype, *words, "--conditions", json.dumps(where)), seconds, show=True
+        )
         if done.code is None:
-            print(f"The benchmark in {dtype} took longer than {seconds:.0f} s and was stopped.")
-            outcome = "stopped"
-        elif done.code:
-            outcome = "failed"
-    return outcome
+            say(f"The benchmark in {dtype} took longer than {seconds:.0f} s and was stopped.")
+        outcomes.append("stopped" if done.code is None else "failed" if done.code else "done")
+    return worst(outcomes)
 
 
 class Parser(argparse.ArgumentParser):
@@ -254,36 +284,86 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}.\n")
 
 
+class Progress:
+    """How the parts have ended, on the disk after each of them; and what time the next one may take."""
+
+    def __init__(self, path: Path, start: float) -> None:
+        self.path, self.start = path, start
+        self.found: dict[str, Any] = {}
+        self.parts: dict[str, dict[str, Any]] = {}
+        self.summary: list[str] = []
+
+    @property
+    def outcomes(self) -> dict[str, str]:
+        return {part: each["outcome"] for part, each in self.parts.items()}
+
+    def limit(self, part: str) -> float:
+        names = list(PARTS)
+        left = LIMIT - (time.monotonic() - self.start)
+        spare = left - sum(PARTS[each] for each in names[names.index(part) :])
+        return min(PARTS[part] + SPARE.get(part, 0.0) * max(spare, 0.0), left)
+
+    def run(self, part: str, function: Any, *arguments: Any) -> None:
+        limit, begin = self.limit(part), time.monotonic()
+        say(f"\n== {part} (at most {limit:.0f} s)")
+        try:
+            outcome = function(limit, *arguments)
+        except (OSError, ValueError) as error:  # of one part: the others are to have their turn
+            say(f"{part}: {error}")
+            outcome = "failed"
+        self.parts[part] = {"outcome": outcome, "seconds": round(time.monotonic() - begin, 1)}
+        self.write()
+
+    def write(self) -> None:
+        new = self.path.with_name(self.path.name + ".new")
+        everything = {"where": self.found, "parts": self.parts, "summary": self.summary}
+        new.write_text(json.dumps(everything, indent=1) + "\n")
+        new.replace(self.path)
+
+
 def run(options: argparse.Namespace) -> int:
-    start = time.monotonic()
-    outcomes: dict[str, str] = {}
-
-    def limit(part: str) -> float:
-        """What a part may take: its own share of the whole, as far as that is left."""
-        print(f"\n== {part} (at most {PARTS[part]:.0f} s)", flush=True)
-        return min(PARTS[part], LIMIT - (time.monotonic() - start))
-
+    start, begun, results = time.monotonic(), time.time(), options.results
     check_packages()
-    found = look(LOOK)
-    print(f"{found['card']}, compute capability {found['capability']}, driver {found['driver']}")
-    print(f"torch {found['torch']}, CUDA {found['cuda']}, Python {found['python']}")
-    outcomes["build"] = build(limit("build"), found["capability"])
-    found = look(LOOK, kernels=True)
-    print(f"kernels {found['kernels']}, NVRTC {found['nvrtc']}", flush=True)
-    outcomes["tests"] = tests(limit("tests"))
-    outcomes["triton"] = tests(limit("triton"), "triton")
-    outcomes["sanitizer"] = sanitizer(limit("sanitizer"))
-    outcomes["training"] = training(limit("training"), options.results, {**found, **outcomes})
-    outcomes["benchmark"] = benchmark(limit("benchmark"), options.results, {**found, **outcomes})
-    spent = time.monotonic() - start
-    print(f"\n{', '.join(f'{part} {outcome}' for part, outcome in outcomes.items())}; {spent:.0f} s")
-    return 1 if {"failed", "stopped"} & set(outcomes.values()) else 0
+    found = look(FIRST_LOOK)
+    results.mkdir(parents=True, exist_ok=True)
+    base = f"gpu-{slug(found['card'])}"
+    paths = {name: results / f"{base}-{name}.json" for name in ("float16", *OTHERS, "train")}
+    with logged(results / f"{base}.log"):
+        progress = Progress(results / f"{base}.json", start)
+        progress.found = found
+        say(f"{found['card']}, compute capability {found['capability']}, driver {found['driver']}")
+        say(f"torch {found['torch']}, CUDA {found['cuda']}, Python {found['python']}; records in {results}")
+        progress.run("build", build, found["capability"])
+        progress.found = found = look_at_kernels(found)
+        ours = "kernel_problem" not in found
+        alone = found.get("exclusive", False)
+        progress.run("tests", tests, ours, alone)
+        progress.run("float16", benchmark, paths, {**found, **progress.outcomes}, {"float16": 1})
+        progress.run("training", training, paths["train"], {**found, **progress.outcomes})
+        if ours:
+            progress.run("sanitizer", sanitizer, alone)
+        progress.run("others", benchmark, paths, {**found, **progress.outcomes}, OTHERS)
+        # One of an earlier run stays until there is another in its place; its figures are not this run's.
+        new = [path for path in paths.values() if path.exists() and path.stat().st_mtime >= begun]
+        progress.summary = gpu_summary.summary(gpu_summary.read(new))
+        progress.write()
+        say("\n" + "\n".join(progress.summary))
+        ended = ", ".join(f"{part} {outcome}" for part, outcome in progress.outcomes.items())
+        say(f"\n{ended}; {time.monotonic() - start:.0f} s; records in {results}")
+        if not ours:
+            say(f"NO KERNELS OF OURS: {found['kernel_problem']}")
+        return 0 if ours and not {"failed", "stopped"} & set(progress.outcomes.values()) else 1
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m bench.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminated)  # so that nothing that it has started goes on
     try:
         return run(options)
     except (CannotRun, OSError) as error:

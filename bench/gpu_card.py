@@ -21,8 +21,13 @@ def driver_version() -> str | None:
     module = Path("/proc/driver/nvidia/version")
     if module.exists() and (found := re.search(r"\b\d{3}\.\d+(\.\d+)?\b", module.read_text())):
         return found[0]
+    return ask("driver_version")
+
+
+def ask(what: str) -> str | None:
+    """What nvidia-smi says of the first card."""
     try:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
         done = subprocess.run(query, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -40,7 +45,7 @@ def card() -> dict[str, Any]:
         return {**found, "problem": f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no CUDA device here."}
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     found |= {"card": properties.name, "capability": f"{properties.major}.{properties.minor}"}
-    found["driver"] = driver_version()
+    found |= {"driver": driver_version(), "exclusive": (ask("compute_mode") or "").lower().startswith("exclusive")}
     if properties.major < 7:
         return {**found, "problem": f"{properties.name} has compute capability {found['capability']}; 7.0 is needed."}
     try:
@@ -80,9 +85,43 @@ def kernels(capability: str) -> dict[str, Any]:
         except native.ImageRejected:
             why = f"the driver rejects the packed {name}"
             break
+    if (reason := trial()) is not None:
+        return {"kernel_problem": reason}
     if why is None:
         return {"kernels": f"packed {', '.join(filter(None, names))}", "nvrtc": index["nvrtc"]}
     return {"kernels": f"compiled on this machine ({why})", "nvrtc": nvrtc.find().name}
+
+
+def trial(chosen: str = "cuda", device: str = "cuda") -> str | None:
+    """Why kernels of ours are of no use here: every op once, small, forward and backward, beside the reference."""
+    import torch
+
+    import m3em_fast
+    from m3em_fast import ops
+
+    drawn = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Any:
+        return torch.randn(shape, generator=drawn).to(device).requires_grad_()
+
+    x, other, gate, cmap = draw(2, 16, 7, 7), draw(2, 16, 7, 7), draw(2, 16), draw(2, 1, 7, 7)
+    calls = {
+        "consensus_map": (ops.consensus_map, (x, other)),
+        "channel_gate": (ops.channel_gate, (x, gate)),
+        "consensus_pool": (ops.consensus_pool, (x, cmap)),
+    }
+    for op, (function, inputs) in calls.items():
+        found = []
+        try:
+            for backend in (chosen, "reference"):
+                with m3em_fast.backend(backend):
+                    out = function(*inputs)
+                    found.append([out.detach(), *torch.autograd.grad(out.square().sum(), inputs)])
+            torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+        except (AssertionError, RuntimeError) as error:
+            lines = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+            return f"{op} on backend {chosen}: {lines[:300].rstrip('.')}."
+    return None
 
 
 def main() -> int:

@@ -5,14 +5,17 @@
 N = 1675 (five frames of the 335 clips of a step of the paper) and 160, C = 1024, D = 512, at 7x7, 14x14 and 7x8, and
 microseconds a call where there is hardly anything to compute. The cases come in the order of what they tell: at 7x7
 every op once for both N, with frozen features as in training, the module first. Those for which no time is left have
-rows that say so. torch.compile is measured where an op comes first. Before every call a buffer larger than the caches
-is written, so that inputs come from memory. The copy bandwidth is measured on the card, before and after each case.
-Needs torch, numpy and triton (for torch.compile) alone.
+rows that say so. torch.compile is measured where an op comes first. Inputs come from memory: calls take turns with
+copies of them, more than the caches hold. The copy bandwidth is measured on the card, before and after each case, and
+the rate of a large matrix product once. float32 means float32 for everybody: cuDNN's convolutions, of which eager is
+made, would else take TF32, and their results would be refused as wrong. Where a case leaves the card unusable, its
+error is recorded and a new process goes on behind it. Needs torch, numpy and triton (for torch.compile) alone.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,9 +33,9 @@ from bench import (
 )
 from bench.case import TINY, Case, Size
 from bench.core import CopyBandwidth, Row, Settings, first_line, measure, modes_of
-from bench.device import clock
+from bench.device import clock, product_rate
 from bench.providers import Provider, backends, select
-from bench.records import conditions, write_json
+from bench.records import conditions, record, write_records
 from m3em_fast import _cli
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -42,7 +45,8 @@ OPS = (mutual_enhancement, consensus_map, gated_projection, consensus_pool, chan
 SETTINGS = Settings(seconds=1.0, min_rounds=10, max_rounds=100, tiny_calls=100, tiny_rounds=10)
 # Of the seconds that are left: a case needs some, and more for what is drawn on the CPU and computed in float64; the
 # compiler needs many, and must leave some to the other cases.
-CASE_SECONDS, VALUE_SECONDS, COMPILE_SECONDS, COMPILE_SHARE = 3.0, 4e-8, 12.0, 0.25
+CASE_SECONDS, VALUE_SECONDS, COMPILE_SECONDS, COMPILE_SHARE = 3.0, 4e-8, 12.0, 0.35
+RESTART = 12.0  # seconds in which a new process is where it can measure
 LEFT_OUT = "left out: the time for the benchmark was used up"
 NOT_COMPILED = "left out: torch.compile is measured in the first case of an op alone"
 
@@ -91,7 +95,7 @@ def measure_case(
     limited = Settings(**{**vars(settings), "compile_seconds": min(settings.compile_seconds, COMPILE_SHARE * left)})
     try:
         rows = measure(case, chosen, limited, copy, tiny, device=copy.device.name)
-    except RuntimeError as error:  # of the card: out of memory, or worse
+    except Exception as error:  # of the card: out of memory, or worse
         rows = error_rows(chosen, first_line(error))
     return sorted(rows + error_rows(skipped, LEFT_OUT), key=lambda row: providers.index(row.provider))
 
@@ -120,6 +124,23 @@ def _number(value: float | None, digits: str) -> str:
     return "" if value is None else format(value, digits)
 
 
+class CardLost(Exception):
+    """No more can be computed on the card in this process. ``after`` is the number of the case that did it."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__(after)
+        self.after = after
+
+
+def usable(device: str) -> bool:
+    """Whether the card still answers: an address out of bounds, for one, ends that for the whole process."""
+    try:
+        torch.ones(1, device=device).add(1).item()
+    except RuntimeError:
+        return False
+    return True
+
+
 def run(
     dtype: str,
     path: Path,
@@ -130,33 +151,58 @@ def run(
     sizes: Sequence[Sequence[Size]] = SIZES,
     settings: Settings = SETTINGS,
     say: Callable[[str], object] = print,
+    first: int = 0,
 ) -> list[Row]:
-    """Measure one dtype, and write the records after every case."""
+    """Measure one dtype, and write the records after every case.
+
+    With ``first`` the cases from that one on, behind the records that are there.
+
+    Raises:
+        CardLost: the card is of no use any more; the records are written.
+    """
     end = clock() + seconds
+    earlier = json.loads(path.read_text()) if first else []
     copy = CopyBandwidth(settings.copy_buffer, device=device)
     where = {**conditions(device), **where}
+    if device == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+        where["product_gflop_per_s"] = product_rate(getattr(torch, dtype), device=device) / 1e9
+        rate = f"{where['product_gflop_per_s'] / 1e3:.1f} TFLOP/s a large product"
+        say(f"{dtype}: copy {copy.of(copy()) / 1e9:.0f} GB/s, {rate}")
     # No reference: its own time says nothing, and it would take memory that a small card does not have.
     kernels = [name for name in backends(device) if name != "reference"]
     compiler, *others = sorted(select(kernels, True, device), key=lambda provider: provider.name != "compile")
     rows: list[Row] = []
-    left_out, compiled = [], set()
-    for case in ordered(sizes, getattr(torch, dtype)):
+    left_out, compiled = [], {r["op"] for r in earlier}
+    for number, case in enumerate(ordered(sizes, getattr(torch, dtype))):
+        if number < first:
+            continue
         providers = others if case.op in compiled else [others[0], compiler, *others[1:]]
         found = measure_case(case, providers, settings, copy, end - clock())
         if case.op in compiled:
             found += [Row(case, compiler, mode, error=NOT_COMPILED) for mode in modes_of(case, case.size == TINY)]
         compiled.add(case.op)
         rows += found
-        write_json(path, rows, where)
+        write_records(path, earlier + [record(row, where) for row in rows])
         if any(row.times for row in found):
             say(table([row for row in found if row.error != NOT_COMPILED]))
         else:
             left_out.append(f"  {case}: {found[0].error}")
+        if not usable(device):
+            say(f"The card is of no use any more after {case}: {found[0].error}")
+            raise CardLost(number)
         if device == "cuda":
             torch.cuda.empty_cache()
     if left_out:
         say("\n".join(["Not measured:", *left_out]))
     return rows
+
+
+def again(arguments: Sequence[str], after: int, seconds: float) -> None:
+    """This command in a new process in the place of this one, behind a case."""
+    words = [sys.executable, "-m", "bench.gpu_measure", *arguments]
+    sys.stdout.flush()
+    os.execv(sys.executable, [*words, "--first", str(after + 1), "--seconds", f"{seconds:.0f}"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -165,12 +211,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True, help="where the records go")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--conditions", type=json.loads, default={}, help="more for every record, as JSON")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--first", type=int, default=0, help="the case to go on with, behind the records that are there"
+    )
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options, end = parser.parse_args(given), clock()
+    end += options.seconds
     if not torch.cuda.is_available():
         print("bench.gpu_measure: torch sees no CUDA device here.", file=sys.stderr)
         return 2
-    rows = run(options.dtype, options.json, options.seconds, options.conditions)
-    return 0 if any(row.times for row in rows if row.provider.name == "cuda") else 1
+    lost = options.first > 0
+    try:
+        run(options.dtype, options.json, options.seconds, options.conditions, first=options.first)
+    except CardLost as error:
+        lost = True
+        if (left := end - clock() - RESTART) > 0:
+            again(given, error.after, left)
+    timed = [r for r in json.loads(options.json.read_text()) if r["backend"] == "cuda" and r["p50_ms"]]
+    return 0 if timed and not lost else 1
 
 
 if __name__ == "__main__":

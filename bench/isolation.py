@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from bench.allocator import keep_freed_memory
 from bench.case import Case
 from bench.core import CopyBandwidth, Row, Settings, measure, modes_of
 from bench.providers import Provider
@@ -36,8 +37,8 @@ class Died(Exception):
 class Child:
     """The process that measures: started when it is needed, and again after it has died; to be used in ``with``."""
 
-    def __init__(self, copy_buffer: int, device: str = "cpu") -> None:
-        self.copy_buffer, self.device = copy_buffer, device
+    def __init__(self, copy_buffer: int, device: str = "cpu", keeps: bool = True) -> None:
+        self.copy_buffer, self.device, self.keeps = copy_buffer, device, keeps
         # Shared memory, because what the child says of itself has to survive it, and must cost a step nothing.
         self.turn = SPAWN.RawValue(c_int, NOBODY)
         self.process: Any = None
@@ -108,7 +109,7 @@ class Child:
     def _start(self) -> None:
         self.pipe, theirs = SPAWN.Pipe()
         self.turn.value = NOBODY
-        arguments = (theirs, self.turn, self.copy_buffer, torch.get_num_threads(), self.device)
+        arguments = (theirs, self.turn, self.copy_buffer, torch.get_num_threads(), self.device, self.keeps)
         process = SPAWN.Process(target=_serve, args=arguments, daemon=True)
         process.start()
         self.process = process
@@ -124,8 +125,10 @@ def _cause(code: int) -> str:
         return f"signal {-code}"
 
 
-def _serve(pipe: Connection, turn: Any, copy_buffer: int, threads: int, device: str) -> None:
+def _serve(pipe: Connection, turn: Any, copy_buffer: int, threads: int, device: str, keeps: bool) -> None:
     """The child: a list of rows for every question, or the traceback of what went wrong."""
+    if keeps:
+        keep_freed_memory()
     os.setpgrp()  # out of reach of Ctrl-C in a terminal: the parent hears it and ends the whole group
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if torch.get_num_threads() != threads:

@@ -1,6 +1,6 @@
 """How fast batches come out of a feature store, against a plain copy of the same pages, and whether a V100 would wait.
 
-    python -m bench.loading                     stores of 670 clips of the paper's size, 1.1 GB on the disk (a minute)
+    python -m bench.loading                     stores of 670 clips of the paper's size, 1 GB on the disk (2 minutes)
     python -m bench.loading --quick             whether it all runs; the figures mean nothing
     python -m bench.loading --json bench/results/loading.json
 
@@ -52,8 +52,8 @@ class Options:
     """Clips in a batch."""
     channels: int = SPATIAL["RGB"]
     """C of the two maps."""
-    batches: int = 4
-    """Batches that are read in a turn."""
+    batches: int = 12
+    """Batches that are read in a turn. Of few, what the way before left in the cache would count."""
     rounds: int = 7
     """Turns of each way to read; the median counts."""
     workers: tuple[int, ...] = (1, 2)

@@ -85,7 +85,10 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Raises :class:`TookTooLong` in what runs longer. Only in the main thread, and where the system has alarms."""
+    """Raises :class:`TookTooLong` in what runs longer. Only in the main thread, and where the system has alarms.
+
+    And again every second: what is raised in a weak reference's callback or a destructor is lost, and the compiler
+    makes many of both."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -94,7 +97,7 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         raise TookTooLong(f"{what} took longer than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:

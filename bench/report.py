@@ -18,9 +18,11 @@ def conditions_line(where: dict[str, Any], copy_bandwidth: float) -> str:
     commit = where["commit"] or "unknown"
     commit = commit.replace(commit.split()[0], commit.split()[0][:12])
     card = f"{where['card']}, CUDA {where['cuda']} · " if "card" in where else ""
+    memory = f" · memory {where['memory']}" if "memory" in where and not card else ""
     return (
         f"{card}{where['cpu']}, {where['threads']} threads on {where['cores']} cores · torch {where['torch']} · "
-        f"m3em_fast {where['version']}, commit {commit} · {where['timestamp']} · copy {copy_bandwidth / 1e9:.1f} GB/s"
+        f"m3em_fast {where['version']}, commit {commit} · {where['timestamp']} · "
+        f"copy {copy_bandwidth / 1e9:.1f} GB/s{memory}"
     )
 
 

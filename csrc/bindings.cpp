@@ -313,15 +313,21 @@ void gated_projection_backward(const py::object &x, const py::sequence &gates, c
     m3em::kernels().gated_projection_backward(o);
 }
 
-void uint8_features(uintptr_t from, uintptr_t steps, uintptr_t to, int64_t frames, int64_t channels,
-                    int64_t positions) {
+void uint8_features(uintptr_t from, uintptr_t to, uintptr_t steps, uintptr_t frames, int64_t clips, int64_t picked,
+                    int64_t channels, int64_t positions, bool stream) {
     m3em::Uint8Features o;
-    o.from = reinterpret_cast<const uint8_t *>(from);
+    o.from = reinterpret_cast<const uint8_t *const *>(from);
+    o.to = reinterpret_cast<void *const *>(to);
     o.steps = reinterpret_cast<const float *>(steps);
-    o.to = reinterpret_cast<void *>(to);
-    o.frames = frames, o.channels = channels, o.positions = positions;
+    o.frames = reinterpret_cast<const int64_t *>(frames);
+    o.clips = clips, o.picked = picked, o.channels = channels, o.positions = positions;
+    o.stream = stream;
     py::gil_scoped_release released;
     m3em::kernels().uint8_features(o);
+}
+
+void advise_huge_pages(uintptr_t data, int64_t bytes) {
+    m3em::advise_huge_pages(reinterpret_cast<void *>(data), bytes);
 }
 
 } // namespace
@@ -349,7 +355,11 @@ PYBIND11_MODULE(_C, module) {
     module.def("consensus_pool_backward", &consensus_pool_backward);
     module.def("gated_projection_forward", &gated_projection_forward);
     module.def("gated_projection_backward", &gated_projection_backward);
-    module.def("uint8_features", &uint8_features,
-               "Makes float16 of uint8 (frames, C, positions) and a step a channel.");
+    module.def(
+        "uint8_features", &uint8_features,
+        "Makes float16 of some frames of clips, uint8 (C, positions) and a step a channel. Takes the addresses of\n"
+        "arrays: where clips are, where they go (64 bits each), steps (float32), numbers of frames (64 bits).");
+    module.def("advise_huge_pages", &advise_huge_pages,
+               "Asks for huge pages under a large buffer that nobody has touched yet; harmless where there are none.");
     m3em::bind_cuda(module);
 }

@@ -7,7 +7,8 @@ from m3em_fast import ops
 from op_cases import Call, check, random_tensors
 
 # Calls that a launcher makes, each with an error that it may meet.
-WRONG = {"cuModuleLoadData": 2, "cuModuleGetFunction": 500, "cuFuncSetAttribute": 1, "cuLaunchKernel": 700}
+WRONG = {"cuModuleLoadData": 2, "cuModuleGetFunction": 500, "cuFuncSetAttribute": 1}
+WRONG |= {"cuFuncLoad": 2, "cuLaunchKernel": 700}
 LARGE = Call("consensus_map")
 
 

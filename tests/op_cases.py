@@ -17,9 +17,9 @@ LATENT = {1: 1, 3: 5, 64: 8}  # rows of the weight of a projection, never the nu
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded", "spread")
 
 # Backends that hold no half result of their own on the way, so that their bound has no term for it.
-ROUNDS_ONCE = ("reference", "cpu", "simt", "triton")
+ROUNDS_ONCE = ("reference", "cpu", "simt", "cuda", "triton")
 # But for this op of theirs, which makes a half operand for torch's matrix product.
-ROUNDS_OPERANDS = (("gated_projection", "simt"), ("gated_projection", "triton"))
+ROUNDS_OPERANDS = (("gated_projection", "simt"), ("gated_projection", "cuda"), ("gated_projection", "triton"))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """``python -m bench.gpu_measure``, the measuring of ``make gpu``, with the CPU in the place of a card."""
 
+import contextlib
 import json
+import time
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from bench import core, device, gpu, gpu_measure
 from bench.case import Size
 from bench.core import CopyBandwidth, Settings
+from bench.providers import TookTooLong, time_limit
 
 SMALL = ((Size(n=3, c=4, d=4, h=7, w=7), Size(n=2, c=4, d=4, h=7, w=7)), (Size(n=2, c=4, d=4, h=7, w=8),) * 2)
 QUICK = Settings(seconds=0.0, min_rounds=2, max_rounds=2, copy_buffer=2**20, tiny_calls=2, tiny_rounds=2)
@@ -21,7 +24,7 @@ def test_the_sizes_are_those_of_a_step():
     assert [(size.n, size.c, size.d, size.h, size.w) for sizes in gpu_measure.SIZES for size in sizes] == [
         (n, 1024, 512, h, w) for h, w in ((7, 7), (14, 14), (7, 8)) for n in (1675, 160)
     ]
-    assert set(gpu_measure.DTYPES) == set(gpu.SHARES) and next(iter(gpu.SHARES)) == "float16"
+    assert sorted(gpu_measure.DTYPES) == sorted(["float16", *gpu.OTHERS]) and "float16" in gpu.PARTS
 
 
 def test_what_tells_most_comes_first():
@@ -114,6 +117,15 @@ def test_a_card_that_has_too_little_memory(monkeypatch, tmp_path):
     assert "CUDA out of memory" in said[-1]
 
 
+def test_a_limit_that_is_lost_comes_again():
+    """As in a weak reference's callback, where Python prints an exception and goes on."""
+    with pytest.raises(TookTooLong, match=r"x took longer than 0\.1 s"), time_limit(0.1, "x"):
+        with contextlib.suppress(TookTooLong):
+            time.sleep(30)
+        time.sleep(30)
+    time.sleep(1.2)  # and not afterwards
+
+
 def test_the_compiler_gets_a_share_of_what_is_left(monkeypatch):
     asked = []
     monkeypatch.setattr(
@@ -202,3 +214,107 @@ def test_a_case_is_made_where_it_is_measured():
     made = case.made("meta")
     assert {t.device.type for t in made.inputs.values()} == {"meta"} and all(t.is_leaf for t in made.wanted)
     assert {t.device.type for t in case.made().inputs.values()} == {"cpu"}
+
+
+# ------------------------------------------------------------------------------------------------ a card that is lost
+
+
+def two_ops(monkeypatch):
+    no_compiler(monkeypatch)
+    monkeypatch.setattr(gpu_measure, "OPS", (gpu_measure.consensus_map, gpu_measure.channel_gate))
+
+
+def cases_in(path):
+    found = [(r["op"], r["variant"], str(r["shape"])) for r in json.loads(path.read_text())]
+    return list(dict.fromkeys(found))
+
+
+def test_behind_a_case_that_loses_the_card_another_process_goes_on(monkeypatch, tmp_path):
+    """With the records that are there, of which none is measured twice."""
+    two_ops(monkeypatch)
+    path, said = tmp_path / "gpu.json", []
+    common = {"device": "cpu", "sizes": SMALL[:1], "settings": QUICK, "say": said.append}
+    answers = iter([True, False])
+    monkeypatch.setattr(gpu_measure, "usable", lambda device: next(answers))
+    with pytest.raises(gpu_measure.CardLost) as lost:
+        gpu_measure.run("float32", path, 60, {}, **common)
+    assert lost.value.after == 1 and len(cases_in(path)) == 2 and "of no use any more" in said[-1]
+    monkeypatch.undo()
+    two_ops(monkeypatch)
+    gpu_measure.run("float32", path, 60, {}, first=2, **common)
+    whole = tmp_path / "whole.json"
+    gpu_measure.run("float32", whole, 60, {}, **common)
+    assert cases_in(path) == cases_in(whole)
+    assert len(json.loads(path.read_text())) == len(json.loads(whole.read_text()))
+
+
+def test_the_command_begins_anew_where_the_card_is_lost(monkeypatch, tmp_path):
+    path, begun = tmp_path / "gpu.json", []
+    path.write_text(json.dumps([{"backend": "cuda", "p50_ms": 1.0}]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_measure.os, "execv", lambda program, words: begun.append(words[3:]))
+
+    def run(dtype, to, seconds, where, first):
+        if first < 5:
+            raise gpu_measure.CardLost(4)
+
+    monkeypatch.setattr(gpu_measure, "run", run)
+    words = ["float16", "--json", str(path), "--seconds"]
+    assert gpu_measure.main([*words, "100"]) == 1
+    assert begun == [[*words, "100", "--first", "5", "--seconds", "88"]]
+    assert gpu_measure.main([*words, "5"]) == 1 and len(begun) == 1  # no time is left for it
+    assert gpu_measure.main(begun[0]) == 1  # its figures are there, and so is what went wrong
+    assert gpu_measure.main([*words, "100", "--first", "0"]) == 1
+    monkeypatch.setattr(gpu_measure, "run", lambda *a, **k: None)
+    assert gpu_measure.main([*words, "100"]) == 0
+
+
+def test_whether_a_card_answers(monkeypatch):
+    assert gpu_measure.usable("cpu")
+    broken = torch.AcceleratorError if hasattr(torch, "AcceleratorError") else RuntimeError
+    assert issubclass(broken, RuntimeError)
+
+    def ones(*sizes, device):
+        raise RuntimeError("CUDA error: misaligned address")
+
+    monkeypatch.setattr(torch, "ones", ones)
+    assert not gpu_measure.usable("cpu")
+
+
+def test_the_ceilings_are_measured_behind_a_lead(monkeypatch):
+    """Else the first event would wait for the host, and not the copy for the memory."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "log", [])
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: Event.log.append("sleep"))
+    monkeypatch.setattr(device, "device_of", lambda name: device.Card())
+    copy = CopyBandwidth(2**10)
+    assert copy(2) == [1e-3, 1e-3]
+    assert device.product_rate(torch.float32, size=8, repeats=3) == pytest.approx(2 * 8**3 / 1e-3)
+    assert Event.log == ["sleep", "record", "record", "wait"] * 5
+
+
+def test_float32_is_float32_for_everybody(monkeypatch, tmp_path):
+    """cuDNN would take TF32 for eager's convolutions, whose results would then be refused."""
+    seen = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(
+        gpu_measure,
+        "CopyBandwidth",
+        lambda size, device: type("", (), {"of": lambda *_: 1.0, "__call__": lambda *_: []})(),
+    )
+    monkeypatch.setattr(gpu_measure, "conditions", lambda device: {})
+    monkeypatch.setattr(gpu_measure, "backends", lambda device: ())
+    monkeypatch.setattr(gpu_measure, "select", lambda *_: [core.Provider("eager"), core.Provider("compile")])
+    monkeypatch.setattr(gpu_measure, "usable", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(gpu_measure, "product_rate", lambda dtype, device: 5e12)
+    monkeypatch.setattr(
+        gpu_measure,
+        "measure_case",
+        lambda case, p, *_: seen.append(torch.backends.cudnn.allow_tf32) or [core.Row(case, p[0], "forward")],
+    )
+    monkeypatch.setattr(gpu_measure, "OPS", (gpu_measure.consensus_map,))
+    path, said = tmp_path / "x.json", []
+    gpu_measure.run("float32", path, 60, {}, sizes=SMALL[:1], say=said.append)
+    assert seen and not any(seen) and said[0] == "float32: copy 0 GB/s, 5.0 TFLOP/s a large product"
+    assert {r["product_gflop_per_s"] for r in json.loads(path.read_text())} == {5e3}

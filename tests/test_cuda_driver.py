@@ -266,22 +266,25 @@ def test_another_thread_may_capture_at_the_first_call(fresh):
     thread = threading.Thread(target=capture)
     thread.start()
     ready.wait()
-    check_large()
-    done.set()
-    thread.join()
+    try:
+        check_large()
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_loading_while_a_stream_is_captured_is_what_a_card_refuses(fresh):
     """Without the exchange of modes the two tests above could not fail."""
     driver, _ = fresh
     result(*inputs())
-    driver.capture(driver.stream(0))
     image, loaded = simt_cases.image("sm_70"), ctypes.c_void_p()
     context = ctypes.c_void_p()
     handle = ctypes.c_int()
     assert driver.library.cuDeviceGet(ctypes.byref(handle), 0) == 0
     assert driver.library.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle) == 0
     assert driver.library.cuCtxPushCurrent_v2(context) == 0
+    driver.capture(driver.stream(0))
+    assert driver.library.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle) == 900
     assert driver.library.cuModuleLoadData(ctypes.byref(loaded), image) == 900
     assert driver.exchange_mode(RELAXED) == GLOBAL
     assert driver.library.cuModuleLoadData(ctypes.byref(loaded), image) == 0

@@ -173,6 +173,28 @@ def test_a_part_of_the_source_will_do(tmp_path, labels):
     assert best == 100.0 and weights[1] > weights[0]
 
 
+def test_models_are_searched_over_the_same_clips(tmp_path, labels):
+    """Each model's ids are compared with the first one's, in whatever order: rows do not simply go together."""
+    ids = labels.split("source_val").ids
+    first = store(tmp_path / "a", "source_val", ids[:6], seed=1)
+    for number, (clips, words) in enumerate(
+        (
+            (ids[:5], f"lacks 1 of the 6 clips of {first.path}, the first {ids[5]!r}."),
+            ([*ids[:5], ids[7]], f"lacks 1 of the 6 clips of {first.path}, the first {ids[5]!r}."),
+            ([*ids[:6], "P03_101_99"], f"has 1 clips that {first.path} does not have, the first 'P03_101_99'."),
+        )
+    ):
+        other = store(tmp_path / f"b{number}", "source_val", clips, seed=2)
+        for models in ([first, other], [first, first, other]):
+            with pytest.raises(EpicError) as caught:
+                search_weights(models, labels)
+            assert str(caught.value) == f"{other.path} {words}"
+    turned = store(tmp_path / "c", "source_val", ids[5::-1], seed=1)
+    straight = replace(turned, ids=first.ids, verb=turned.verb[::-1], noun=turned.noun[::-1])
+    found, wanted = (search_weights([first, other], labels) for other in (turned, straight))
+    assert np.array_equal(found[0], wanted[0]) and found[1:] == wanted[1:]
+
+
 def test_too_many_models_or_other_classes(tmp_path, labels):
     seven = models(tmp_path, labels, "source_val", [0.0] * 7)
     with pytest.raises(EpicError, match="weights are searched for at most 6 models, got 7"):
@@ -221,6 +243,11 @@ def test_the_command_searches(tmp_path, labels, capsys):
     ("arguments", "words"),
     [
         (["{A}", "{B}", "--out", "{A}"], "A already exists; scores are never written over."),
+        (["{A}", "{A}/../A", "--out", "{new}"], "A is given twice; --weights makes a model count more."),
+        (
+            ["{A}", "{B}", "--out", "{new}", "--search", "{A}", "{A}"],
+            "A is given twice; --weights makes a model count more.",
+        ),
         (["{A}", "--out", "{new}"], "an ensemble needs the scores of at least two models."),
         (["--out", "{new}"], "an ensemble needs the scores of at least two models."),
         (["{A}", "{B}", "--out", "{new}", "--weights", "1"], "--weights must be one for each of the 2 models, got 1."),

@@ -192,12 +192,17 @@ def test_an_interrupted_run_ends_with_the_same_scores(data, tmp_path, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             train.train(options(data, tmp_path / "cut", model="B", epochs=2))
     assert not (tmp_path / "cut" / "scores").exists()
-    for _ in range(2):  # the second time a run that has ended
+    scores = tmp_path / "cut" / "scores"
+    for number in range(3):  # from the second time on a run that has ended
+        if number == 2:  # and was killed while it put its scores in the place of the old ones
+            (scores / "source_val").rename(scores / ".source_val.before")
+            shutil.copytree(scores / "target_val", scores / "source_val.0123abcd.tmp")
         cut = train.train(options(data, tmp_path / "cut", model="B", epochs=2, resume=True))
         assert (cut / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
         for split in ("source_val", "target_val"):
             for name in ("verb.npy", "noun.npy", "scores.json"):
                 assert (cut / "scores" / split / name).read_bytes() == (whole / "scores" / split / name).read_bytes()
+        assert sorted(path.name for path in scores.iterdir()) == ["source_val", "target_val"]
 
 
 def test_warm_up_and_learning_rates_are_the_public_baselines(data, tmp_path, monkeypatch):

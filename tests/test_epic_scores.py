@@ -5,6 +5,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -125,6 +127,112 @@ def test_nothing_is_written_over(folder, arrays):
         write_scores(folder.parent / "link", IDS, *arrays, ABOUT)
 
 
+# A child that dies at the n-th thing that it does to the file system, for every n until it ends by itself; and the same
+# where one before it had died between the two renames.
+REPLACING = """
+import os, shutil, sys
+from pathlib import Path
+import numpy as np
+from m3em_fast.epic.scores import read_scores, write_scores
+folder, ids, said = Path(sys.argv[1]), ["a", "b"], {"split": "s", "protocol": "p", "model": "A"}
+place, before = folder / "s[1]", folder / ".s[1].before"
+def write(value, replace):
+    write_scores(place, ids, np.full((2, 97), value), np.full((2, 300), value), said, replace=replace)
+def stands():
+    found = read_scores(place)
+    values = np.unique(np.concatenate([found.verb.ravel(), found.noun.ravel()]))
+    assert len(values) == 1, values
+    return int(values[0])
+def dies(steps):
+    def hook(event, arguments):
+        nonlocal steps
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            steps -= 1
+            if steps < 0:
+                os._exit(9)
+    sys.addaudithook(hook)
+write(0, False)
+value, found = 0, []
+for waits in (False, True):
+    for steps in range(1000):
+        if waits and place.exists():
+            shutil.rmtree(before, ignore_errors=True)
+            place.rename(before)
+        child = os.fork()
+        if not child:
+            dies(steps)
+            write(value + 1, True)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, 9), code
+        found.append(stands() - value)
+        assert found[-1] in (0, 1)
+        value += found[-1]
+        if not code:
+            break
+        if steps % 2:  # else the next child finds what this one has left
+            value += 5
+            write(value, True)
+            assert stands() == value and [path.name for path in folder.iterdir()] == ["s[1]"]
+    assert [path.name for path in folder.iterdir()] == ["s[1]"]
+    assert found.count(0) >= 6 and found.count(1) >= 4, found
+    found.clear()
+"""
+
+
+def test_killed_at_any_step_the_old_scores_or_the_new_ones_stand(tmp_path):
+    done = subprocess.run([sys.executable, "-c", REPLACING, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_what_could_not_be_replaced_keeps_its_name(folder, arrays, monkeypatch, after, error):
+    real, calls = os.rename, []
+
+    def fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == after:
+            raise error
+        real(*arguments)
+
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else EpicError):
+        write_scores(folder, IDS, *arrays, {**ABOUT, "model": "B"}, replace=True)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert list(folder.parent.iterdir()) == [folder]
+    write_scores(folder, IDS, *arrays, {**ABOUT, "model": "B"}, replace=True)
+    assert read_scores(folder).model == "B" and list(folder.parent.iterdir()) == [folder]
+
+
+def test_only_scores_are_replaced(folder, arrays):
+    whole = shutil.copytree(folder, folder.parent / "deep" / "whole")
+    (folder / "scores.json").unlink()
+    others = [folder, folder.parent / "link", folder.parent / "file"]
+    others[1].symlink_to(whole)
+    others[2].write_text("x")
+    for path in others:
+        with pytest.raises(EpicError, match=r"is no folder of stored scores; nothing else is written over\."):
+            write_scores(path, IDS, *arrays, ABOUT, replace=True)
+    assert sorted(file.name for file in folder.iterdir()) == ["noun.npy", "verb.npy"]
+    assert sorted(folder.parent.iterdir()) == sorted([*others, whole.parent]) and len(list(whole.iterdir())) == 3
+
+
+def test_what_waits_for_its_replacement_is_read_and_not_written_over(folder, arrays, monkeypatch):
+    waits = folder.with_name(".scores.before")
+    folder.rename(waits)
+    found = read_scores(folder)
+    assert found.path == folder and np.array_equal(found.verb, arrays[0])
+    with pytest.raises(EpicError, match=r"\.scores\.before already exists; scores are never written over"):
+        write_scores(folder, IDS, *arrays, ABOUT)
+    shutil.copytree(waits, folder)
+    (waits / "verb.npy").unlink()  # beside scores it is a rest, and not looked at
+    monkeypatch.chdir(folder)
+    for path in (folder, "."):
+        assert np.array_equal(read_scores(path).verb, arrays[0])
+
+
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_a_full_disk_leaves_nothing_behind(tmp_path, arrays, monkeypatch, call):
     def full(*_):
@@ -242,6 +350,13 @@ def test_no_scores(tmp_path, monkeypatch):
     assert read(tmp_path / "none").endswith(
         "holds no stored scores: scores.json cannot be read (No such file or directory)."
     )
+    for name in ("target_val", "source_val", ".source_val.before", "target_val.0123abcd.tmp"):
+        (tmp_path / "run" / "scores" / name).mkdir(parents=True)
+        (tmp_path / "run" / "scores" / name / "scores.json").touch()
+    for path in (tmp_path / "run", tmp_path / "run" / "scores"):
+        there = ", ".join(str(tmp_path / "run" / "scores" / name) for name in ("source_val", "target_val"))
+        wanted = f"(No such file or directory); there are some in {there}."
+        assert read(path) == f"{path} holds no stored scores: scores.json cannot be read {wanted}"
     (tmp_path / "scores.json").write_text(" " * 50)
     monkeypatch.setattr(stored, "_MAX_DOCUMENT_BYTES", 49)
     assert read(tmp_path) == f"{tmp_path / 'scores.json'} has 50 bytes; it may have at most 49."

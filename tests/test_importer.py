@@ -266,6 +266,13 @@ def test_what_tyro_refuses(capsys, arguments, words):
     assert said.err.count("\n") == 1
 
 
+def test_a_home_folder_is_found(tmp_path, monkeypatch, capsys):
+    """A shell puts no folder in the place of the ~ of NAME=~/maps."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_maps(tmp_path / "maps", ["a", "b"])
+    assert run(capsys, tmp_path / "store", "--maps", "RGB=~/maps")[0] == 0
+
+
 def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

@@ -2,6 +2,8 @@
 
 import json
 import mmap
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from bench import loading
 from m3em_fast.data import store as store_module
+from m3em_fast.data.prefetch import BatchReader
 from m3em_fast.data.store import FeatureStore, FeatureStoreWriter, Modality
 from test_store import write
 
@@ -38,6 +41,26 @@ def test_given_memory_that_does_not_fit(folder):
             store.read([0, 1], ["RGB"], out={"RGB": bad})
     with pytest.raises(ValueError, match="out must have a tensor for RGB, it has none"):
         store.read([0, 1], ["RGB"], out={})
+
+
+@pytest.mark.skipif(
+    store_module.native is None or not Path("/sys/kernel/mm/transparent_hugepage").is_dir(),
+    reason="no compiled kernels, or a system without huge pages",
+)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_large_batch_gets_huge_pages(tmp_path, ahead):
+    modality = Modality("map", 5, 1024, 7, 7)
+    with FeatureStoreWriter(tmp_path / "s", {"X": modality}) as writer:
+        writer.append(["a"], {"X": np.ones((1, *modality.shape))})
+    store, where = FeatureStore(tmp_path / "s"), np.zeros(20, int)
+    x = BatchReader([store], ["X"], 5)([where])["X"] if ahead else store.read(where)["X"]
+    middle, flags = x.data_ptr() + x.nbytes // 2, {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            begin, end = (int(text, 16) for text in found.groups())
+        elif line.startswith("VmFlags:"):
+            flags[range(begin, end)] = line.split()[1:]
+    assert [words for part, words in flags.items() if middle in part and "hg" in words]
 
 
 def test_uint8_is_the_stored_number_times_the_step_rounded_once(tmp_path):

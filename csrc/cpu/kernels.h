@@ -73,10 +73,12 @@ struct GatedProjection {
 
 // No op: what a feature store reads. One thread, for others read beside it.
 struct Uint8Features {
-    const uint8_t *from = nullptr; // frames times (C, positions)
-    const float *steps = nullptr;  // (C)
-    void *to = nullptr;            // float16, like from
-    int64_t frames = 0, channels = 0, positions = 0;
+    const uint8_t *const *from = nullptr; // where each clip's frames (C, positions) are, one behind the other
+    void *const *to = nullptr;            // where those that are picked go, in float16
+    const float *steps = nullptr;         // (C)
+    const int64_t *frames = nullptr;      // the picked ones
+    int64_t clips = 0, picked = 0, channels = 0, positions = 0;
+    bool stream = false; // past the caches, which do not hold it until it is used
 };
 
 #define M3EM_DECLARE_KERNELS(isa)                                                                                      \

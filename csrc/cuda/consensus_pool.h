@@ -14,8 +14,9 @@ struct ConsensusPoolPlan {
     // By C, H, W and the size of a number alone: a split that followed N or the card would change the order of sums.
     ConsensusPoolPlan(ConsensusPoolArguments &m, int number, bool half_or_float) {
         const long long positions = (long long)m.h * m.w;
-        // Four chunks where each still has a few tiles, so that a few samples fill a card too.
-        const int parts = m.c >= 256 ? 4 : m.c >= 64 ? 2 : 1;
+        // Four chunks where each still has a few tiles, so that a few samples fill a card too. More where the gradients
+        // of a chunk's channels would not fit into the 64 KB of shared memory that every card has.
+        const int parts = m.c > 4096 ? (m.c + 1023) / 1024 : m.c >= 256 ? 4 : m.c >= 64 ? 2 : 1;
         m.chunk = (m.c + parts - 1) / parts;
         m.chunk = m.chunk < m.c ? (m.chunk + 31) / 32 * 32 : m.c;
         m.chunks = (m.c + m.chunk - 1) / m.chunk;

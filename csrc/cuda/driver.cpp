@@ -22,6 +22,7 @@ struct DriverFunctions {
     int (*cuModuleLoadData)(void **module, const void *image);
     int (*cuModuleGetFunction)(void **function, void *module, const char *name);
     int (*cuFuncSetAttribute)(void *function, int attribute, int value);
+    int (*cuFuncLoad)(void *function); // since CUDA 12.4; may be null
     int (*cuLaunchKernel)(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                           unsigned block_y, unsigned block_z, unsigned shared, void *stream, void **arguments,
                           void **extra);
@@ -123,6 +124,7 @@ Driver::Driver(const std::string &path) : api(new DriverFunctions) {
     M3EM_LOOK_UP(cuFuncSetAttribute)
     M3EM_LOOK_UP(cuLaunchKernel)
 #undef M3EM_LOOK_UP
+    api->cuFuncLoad = reinterpret_cast<decltype(api->cuFuncLoad)>(dlsym(library, "cuFuncLoad"));
 }
 
 Driver::~Driver() = default;
@@ -177,8 +179,10 @@ int Driver::shared_memory(int index) { return device(index).shared_memory; }
 void *Driver::context(int index) {
     Device &of = device(index);
     const std::lock_guard<std::mutex> lock(mutex);
-    if (!of.context)
+    if (!of.context) {
+        const Relaxed relaxed(*api, index);
         check(*api, api->cuDevicePrimaryCtxRetain(&of.context, of.handle), "cuDevicePrimaryCtxRetain", on(index));
+    }
     return of.context;
 }
 
@@ -209,6 +213,10 @@ void Module::prepare(const Launch &launch, Function &function) {
         check(api, error, "cuFuncSetAttribute", " for " + name + on(index));
         function.large.store(true, std::memory_order_release);
     }
+    // Modules are loaded lazily since CUDA 12.2: the code of a kernel would come to the card in its first launch, which
+    // may be captured, and may then wait for all other work.
+    if (api.cuFuncLoad && !function.handle.load(std::memory_order_relaxed))
+        check(api, api.cuFuncLoad(handle), "cuFuncLoad", " for " + name + on(index));
     function.handle.store(handle, std::memory_order_release);
 }
 

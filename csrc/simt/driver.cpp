@@ -57,7 +57,8 @@ struct Loaded {
 struct Function {
     const Kernel *kernel;
     Context *context;
-    int limit; // of shared memory, in bytes
+    int limit;   // of shared memory, in bytes
+    bool loaded; // its code is on the card; else the first launch brings it there
 };
 struct Stream {
     Context *context;
@@ -202,6 +203,8 @@ M3EM_API int cuDevicePrimaryCtxRetain(void **context, int device) {
     return call("cuDevicePrimaryCtxRetain", std::to_string(device - 1000), [=] {
         if (device < 1000 || device >= 1000 + int(devices.size()))
             return InvalidDevice;
+        if (forbidden()) // no documentation says that it is allowed
+            return CaptureUnsupported;
         Context &of = devices[size_t(device - 1000)].context;
         of.device = device - 1000;
         ++of.retained;
@@ -270,7 +273,7 @@ M3EM_API int cuModuleGetFunction(void **function, void *module, const char *name
         const Kernel *kernel = find_kernel(name);
         if (!kernel)
             return NotFound;
-        functions.push_back({kernel, of->context, UnaskedShared});
+        functions.push_back({kernel, of->context, UnaskedShared, false});
         *function = &functions.back();
         return Success;
     });
@@ -287,6 +290,17 @@ M3EM_API int cuFuncSetAttribute(void *function, int attribute, int value) {
             return InvalidValue;
         of->limit = value;
         return Success;
+    });
+}
+
+M3EM_API int cuFuncLoad(void *function) {
+    return call("cuFuncLoad", "", [=] {
+        Function *of = handle(functions, function);
+        if (!of || of->context != current())
+            return InvalidHandle;
+        if (forbidden())
+            return CaptureUnsupported;
+        return of->loaded = true, Success;
     });
 }
 

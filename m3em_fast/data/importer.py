@@ -123,7 +123,7 @@ def _sources(pickle: Path | None, maps: Sequence[str], modalities: Sequence[str]
             raise StoreError(f"--maps must be NAME=FOLDER, such as RGB=maps/rgb, got {text}.")
         if name in folders:
             raise StoreError(f"--maps names {name} twice.")
-        folders[name] = Path(folder)
+        folders[name] = Path(folder).expanduser()  # a shell leaves the ~ of NAME=~/maps as it is
     pickled: dict[str, PickledFeatures] = {}
     if pickle is not None:
         pickled = read_pickle(pickle)

@@ -21,7 +21,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
-from .store import FeatureStore
+from .store import FeatureStore, fresh
 
 __all__ = ["Batch", "BatchReader", "Prefetch"]
 
@@ -85,7 +85,8 @@ class BatchReader:
     def _part_of(self, room: Batch, name: str, total: int) -> torch.Tensor:
         if name not in room or len(room[name]) < total:
             shape = (total, self.frames, *self._shapes[name])
-            room[name] = torch.empty(shape, dtype=torch.float16, pin_memory=self.pin_memory)
+            pinned = self.pin_memory
+            room[name] = torch.empty(shape, dtype=torch.float16, pin_memory=True) if pinned else fresh(shape)
         return room[name][:total]
 
 

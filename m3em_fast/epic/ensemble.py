@@ -8,6 +8,7 @@ target are never read.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from m3em_fast.data._extra import needs
 from m3em_fast.epic import _program
 from m3em_fast.epic._errors import EpicError
 from m3em_fast.epic.annotations import PROTOCOLS, Annotations, annotations_folder
-from m3em_fast.epic.scores import KINDS, Scores, log_softmax, read_scores, write_scores
+from m3em_fast.epic.scores import KINDS, Scores, first_twice, log_softmax, read_scores, write_scores
 from m3em_fast.epic.scoring import check_classes
 
 __all__ = ["AVERAGES", "fuse_scores", "grid", "search_weights"]
@@ -178,6 +179,9 @@ def build(
         raise EpicError(f"{out} already exists; scores are never written over.")
     if weights and search:
         raise EpicError("give --weights or --search, not both.")
+    for what, folders in (("scores", scores), ("--search", search)):
+        if (twice := first_twice([os.path.realpath(folder) for folder in folders])) is not None:
+            raise EpicError(f"{what}: {twice} is given twice; --weights makes a model count more.")
     models = [read_scores(path) for path in scores]
     _agree(models)
     shares, origin = _shares(weights or [1.0] * len(models), len(models)), "given" if weights else "equal"

@@ -6,6 +6,8 @@ the scores come from, and SHA-256 of all three. Nothing in it is ever unpickled,
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import io
 import json
@@ -13,7 +15,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,27 +102,51 @@ def _without(ids: Sequence[str], others: Sequence[str]) -> list[str]:
     return [clip for clip in ids if clip not in known]
 
 
+def _before(path: Path) -> Path:
+    """Where scores are that others are about to replace."""
+    return path.with_name(f".{path.name}.before")
+
+
+def _standing(path: Path) -> Path | None:
+    """Where the scores of a name are now: elsewhere where their writer was killed between two renames."""
+    if os.path.lexists(path):
+        return path
+    return _before(path) if os.path.lexists(_before(path)) else None
+
+
 def write_scores(
-    path: str | os.PathLike[str], ids: Sequence[str], verb: Any, noun: Any, about: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    ids: Sequence[str],
+    verb: Any,
+    noun: Any,
+    about: Mapping[str, Any],
+    *,
+    replace: bool = False,
 ) -> None:
     """Store what a model says of every clip of a split.
 
-    The folder gets its name when everything in it is on the disk: half of it is never found there.
+    The folder gets its name when everything in it is on the disk: half of it is never found there. With ``replace`` the
+    old scores stand beside it, as ``.NAME.before``, until the new ones have the name, and :func:`read_scores` takes
+    them from there: wherever the process is killed, it finds the ones or the others whole.
 
     Args:
-        path: folder to make; it must not exist.
+        path: folder to make; without ``replace`` it must not exist.
         ids: narration ids (clips,), each once.
         verb: logits (clips, verbs), an array or a tensor on the CPU; kept in float32.
         noun: logits (clips, nouns).
         about: "split" (such as "target_val"), "protocol" ("val" or "test") and "model" ("A", ...), which must be there,
             and anything else that JSON can hold: method, seed, epochs, the features' fingerprint.
+        replace: take the place of scores that are there, and clear away what writers that were killed have left there.
 
     Raises:
-        EpicError: the path exists, an argument is not what it should be, or the disk is full.
+        EpicError: the path exists (with ``replace``: and holds no scores), an argument is not what it should be, or the
+            disk is full.
     """
     path = Path(path)
-    if os.path.lexists(path):
-        raise EpicError(f"{path} already exists; scores are never written over.")
+    if not replace and (standing := _standing(path)) is not None:
+        raise EpicError(f"{standing} already exists; scores are never written over.")
+    if os.path.lexists(path) and (path.is_symlink() or not (path / DOCUMENT).is_file()):
+        raise EpicError(f"{path} is no folder of stored scores; nothing else is written over.")
     ids = list(ids)
     _check_clips(ids, str(path))
     extra = dict(about)
@@ -137,6 +163,9 @@ def write_scores(
     except (TypeError, ValueError, RecursionError) as error:
         raise EpicError(f"{path}: about must be what JSON can hold ({str(error)[:80]}).") from error
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    if replace:
+        for left in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         for name, data in files.items():
@@ -144,11 +173,29 @@ def write_scores(
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        os.rename(temporary, path)
+        with _out_of_the_way(path) if replace else contextlib.nullcontext():
+            os.rename(temporary, path)
     except OSError as error:
         raise EpicError(f"{path} could not be written ({error.strerror or error}).") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _out_of_the_way(path: Path) -> Iterator[None]:
+    """Scores that are there make room for others, and go when those are in place; else they come back."""
+    before = _before(path)
+    if os.path.lexists(path):
+        # What stands beside whole scores is what a writer was killed over deleting.
+        shutil.rmtree(before, ignore_errors=True)
+        os.rename(path, before)
+    try:
+        yield
+    except BaseException:
+        if os.path.lexists(before) and not os.path.lexists(path):
+            os.rename(before, path)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _digest(document: Mapping[str, Any]) -> str:
@@ -206,8 +253,9 @@ def read_scores(path: str | os.PathLike[str]) -> Scores:
         EpicError: there are none, or they are not as :func:`write_scores` left them.
     """
     path = Path(path)
-    where = str(path / DOCUMENT)
-    document = _load_document(path)
+    folder = _standing(path) or path
+    where = str(folder / DOCUMENT)
+    document = _load_document(folder)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise EpicError(f"{where} is no document of stored scores: its format should be {FORMAT!r}.")
     found = document.get("version")
@@ -226,7 +274,7 @@ def read_scores(path: str | os.PathLike[str]) -> Scores:
     ids = document["ids"]
     _check_clips(ids, where)
     _check_said({name: document[name] for name in SAID}, where)
-    verb, noun = (_load_array(path / f"{kind}.npy", len(ids), classes[kind], sums[f"{kind}.npy"]) for kind in KINDS)
+    verb, noun = (_load_array(folder / f"{kind}.npy", len(ids), classes[kind], sums[f"{kind}.npy"]) for kind in KINDS)
     said = {name: document[name] for name in SAID}
     return Scores(path=path, ids=tuple(ids), verb=verb, noun=noun, about=document["about"], **said)
 
@@ -251,7 +299,13 @@ def _load_document(path: Path) -> Any:
     except EpicError:
         raise
     except OSError as error:
-        raise EpicError(f"{path} holds no stored scores: {DOCUMENT} cannot be read ({error.strerror}).") from error
+        # Such as a run, whose scores of one split are wanted.
+        found = sorted(other.parent for part in ("*", "scores/*") for other in path.glob(f"{part}/{DOCUMENT}"))
+        others = [str(other) for other in found if other.name[0] != "." and other.suffix != ".tmp"]
+        there = f"; there are some in {', '.join(others[:3])}" if others else ""
+        raise EpicError(
+            f"{path} holds no stored scores: {DOCUMENT} cannot be read ({error.strerror}){there}."
+        ) from error
     except (ValueError, RecursionError) as error:
         raise EpicError(f"{path / DOCUMENT} is no JSON document ({str(error)[:80]}).") from error
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,12 +24,14 @@ matplotlib.use("Agg")  # before pyplot: a training machine may have no display
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from m3em_fast import _cli
+
+with suppress(ImportError):  # of the command line alone: who calls train.train() needs none
+    import tyro
 
 if TYPE_CHECKING:
     from m3em_fast.data.store import FeatureStore
