@@ -84,6 +84,7 @@ test-oldest: $(VENV)-oldest/.made-$(OLDEST)
 	$(VENV)-oldest/bin/python setup.py --quiet build_ext --inplace
 	$(VENV)-oldest/bin/python -m pytest tests/test_ops*.py tests/test_backends.py tests/test_nn*.py tests/test_train_steps.py \
 		tests/test_triton_backend.py tests/test_triton_kernels.py tests/test_triton_consensus_map.py \
+		tests/test_triton_faster.py tests/test_triton_large.py \
 		--deselect tests/test_ops_compile.py::test_compiled_without_the_extension \
 		--deselect tests/test_ops_compile.py::test_a_backend_chosen_by_name_says_in_the_trace_why_it_cannot_serve \
 		--deselect tests/test_triton_backend.py::test_under_torch_compile_a_reason_is_a_sentence

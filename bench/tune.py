@@ -1,11 +1,17 @@
-"""Measure on a card which sizes of blocks are the fastest for the Triton kernels, and write them to their table.
+"""Measure on a card which sizes of blocks are the fastest for the Triton kernels, and whether these then beat the
+compiled ones; write both to their table.
 
     python -m bench tune                              every op at the size of a step of the paper (half an hour)
     python -m bench tune consensus_map --dtype float16 --sizes 7x7
 
 All candidates for an op, a dtype and a shape take turns, each is compared with the definition before it is timed, and
-forward and backward choose for themselves. A row is written where the fastest candidate is faster than the computed
-sizes by more than --margin; rows of other shapes and other cards stay.
+forward and backward choose for themselves. Sizes are written where the fastest candidate is faster than the computed
+ones by more than --margin. With the sizes chosen, `triton` and `cuda` take turns, and both times are written: where
+Triton is faster in the forward and in the backward by more than 2 %, the automatic choice of the backend takes it first
+on such cards (m3em_fast.explain says so). Rows of other shapes and other cards stay.
+
+The table is a file of the package, m3em_fast/triton/table.json. To fill it for everybody: run this on a card that does
+nothing else, then `make gpu`, which tests and times what the table chooses, and commit the table and those records.
 """
 
 from __future__ import annotations
@@ -27,9 +33,9 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from bench import gate
+from bench import core, gate
 from bench.case import Case, Size
-from bench.core import Settings, admit, full_step, interleaved
+from bench.core import Settings, admit, full_step, in_turn, interleaved
 from bench.device import device_of
 from bench.providers import Provider
 from m3em_fast import _cli
@@ -37,6 +43,7 @@ from m3em_fast.triton import _plan, _table
 
 OPS = ("channel_gate", "consensus_map", "consensus_pool")
 Sizes = dict[str, int]
+RIVALS = _table.PARTS["microseconds"]
 # Candidate (None: the computed sizes) -> seconds by mode; who was wrong or failed is not there.
 Times = Mapping[int | None, Mapping[str, float]]
 
@@ -80,18 +87,12 @@ def candidates(dtype: torch.dtype, channels: int, positions: int) -> list[Sizes]
     return found
 
 
-def row_of(op: str, dtype: torch.dtype, channels: int, positions: int) -> str:
-    return f"{op}/{str(dtype).removeprefix('torch.')}/{_table.bucket(channels, positions)}"
-
-
 @contextlib.contextmanager
-def trial(capability: int, rows: Sequence[str], sizes: Sizes | None) -> Iterator[None]:
+def trial(capability: int, rows: Mapping[str, Sizes | None]) -> Iterator[None]:
     """While it lasts, rows of the table hold these sizes; None: no sizes, so that they are computed."""
-    table = _table.table()
-    own = table.setdefault(str(capability), {})
+    own = _table.stored()["capabilities"].setdefault(str(capability), {})
     before = {row: own.pop(row) for row in rows if row in own}
-    if sizes is not None:
-        own.update(dict.fromkeys(rows, sizes))
+    own.update({row: sizes for row, sizes in rows.items() if sizes is not None})
     _forget()
     try:
         yield
@@ -119,19 +120,19 @@ def measure(
     device = device_of(where)
     problem = case.made(where)
     exact, grads = gate.exact_results(problem)
-    provider = Provider("triton")
+    provider, turns = Provider("triton"), in_turn(problem, device.cold)
     steps: dict[str, Callable[[], Mapping[str, float]]] = {}
     error = None
     for key, sizes in tries.items():
-        with trial(capability, rows, sizes):
+        with trial(capability, dict.fromkeys(rows, sizes)):
             entrant = admit(provider, problem, grads, exact, 60.0)
         if (reason := entrant.forward_error or entrant.backward_error) is not None:
             error = error or reason
             continue
-        run = full_step(entrant, problem, grads, device)
+        run = full_step(entrant, problem, grads, device, turns)
 
         def step(sizes: Sizes | None = sizes, run: Callable = run) -> Mapping[str, float]:
-            with trial(capability, rows, sizes):
+            with trial(capability, dict.fromkeys(rows, sizes)):
                 return run()
 
         steps[str(key)] = step
@@ -142,8 +143,26 @@ def measure(
     return {names[k]: {mode: float(np.median(t)) for mode, t in found.items()} for k, found in readings.items()}
 
 
+def compare(
+    case: Case,
+    rows: Mapping[str, Sizes | None],
+    settings: Settings,
+    where: str = "cuda",
+    rivals: Sequence[str] = RIVALS,
+) -> dict[str, dict[str, float]]:
+    """Mode of timing -> backend -> its median seconds, with these sizes in Triton. Both backends take turns."""
+    with trial(capability_here(), rows):
+        found = core.measure(case, [Provider(name) for name in rivals], settings, device=where)
+    if (error := next((row.error for row in found if row.error is not None), None)) is not None:
+        raise Unserved(error)
+    return {
+        mode: {row.provider.name: float(np.median(row.times)) for row in found if row.mode == mode}
+        for mode in ("forward", "backward")
+    }
+
+
 class Unserved(Exception):
-    """No candidate ran, with the first one's reason."""
+    """No candidate ran, or one of two backends did not; with the first reason."""
 
 
 def capability_here() -> int:
@@ -186,13 +205,11 @@ def resolve(options: Options) -> tuple[list[str], list[tuple[int, int]]]:
 def read(path: Path) -> dict:
     """A table that is there, or an empty one."""
     if not path.exists():
-        return {"about": json.loads(_table.PATH.read_text())["about"], "capabilities": {}}
+        return {"about": json.loads(_table.PATH.read_text())["about"]} | {part: {} for part in _table.PARTS}
     try:
-        found = json.loads(path.read_text())
-        found["capabilities"].setdefault(str(capability_here()), {})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(f"--out: {path} is there already and is no table of block sizes.") from None
-    return found
+        return _table.checked(json.loads(path.read_text()))
+    except ValueError as error:
+        raise UsageError(f"--out: {path} is there already and is no table of block sizes ({error}).") from None
 
 
 def write(path: Path, found: dict) -> None:
@@ -206,7 +223,7 @@ def run(options: Options, console: Console) -> None:
     ops, shapes = resolve(options)
     found = read(options.out)
     capability = capability_here()
-    own = found["capabilities"].setdefault(str(capability), {})
+    own, timed = (found[part].setdefault(str(capability), {}) for part in _table.PARTS)
     cases = [(op, name, shape) for op in ops for name in options.dtype for shape in shapes]
     console.print(f"{torch.cuda.get_device_name()}, compute capability {capability // 10}.{capability % 10}")
     with Progress(console=console, transient=True) as progress:
@@ -217,7 +234,8 @@ def run(options: Options, console: Console) -> None:
             size = Size(options.samples, options.channels, options.latent, height, width)
             channels = size.d if op == "consensus_map" else size.c
             case = importlib.import_module(f"bench.{op}").cases(size, dtype, "contiguous")[0]
-            rows = {mode: row_of(kind, dtype, channels, height * width) for mode, kind in modes_of(op).items()}
+            names = {"forward": op, "backward": _table.backward_of(op)}
+            rows = {mode: _table.row_of(name, dtype, channels, height * width) for mode, name in names.items()}
             tries: dict[int | None, Sizes | None] = {None: None}
             tries |= enumerate(candidates(dtype, channels, height * width))
             try:
@@ -235,14 +253,19 @@ def run(options: Options, console: Console) -> None:
                     said = ", ".join(f"{key} {value}" for key, value in sizes.items())
                 took = times[chosen][mode] if chosen in times else float("nan")
                 progress.console.print(f"{row}: {1e6 * took:.1f} us with {said}")
+                timed.pop(row, None)
+            try:
+                both = compare(case, {row: own.get(row) for row in rows.values()}, Settings(options.seconds / 4))
+            except Unserved as reason:
+                progress.console.print(f"{op} {name} {height}x{width}: not compared with cuda ({reason})")
+            else:
+                for mode, row in rows.items():
+                    timed[row] = {rival: round(1e6 * both[mode][rival], 3) for rival in RIVALS}
+                    said = ", ".join(f"{rival} {time:.1f} us" for rival, time in timed[row].items())
+                    progress.console.print(f"{row}: {said}")
             write(options.out, found)  # after every case: an hour of measuring is not to be lost with its last minute
             progress.advance(task)
     console.print(f"Written to {options.out}.")
-
-
-def modes_of(op: str) -> dict[str, str]:
-    """Mode of timing -> the op's name in the table."""
-    return {"forward": op, "backward": f"{op}_backward"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

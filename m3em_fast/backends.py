@@ -4,10 +4,16 @@
 choice is made by ``m3em_fast.backend("cpu")`` around a block, by the environment variable M3EM_BACKEND for the whole
 process (read when the package is imported), and else it is ``auto``.
 
+On a CUDA device that is ``cuda`` where it can serve, but for the shapes in which ``python -m bench tune`` has found
+``triton`` to be faster on such a card (m3em_fast/triton/table.json). The number of samples has no say in it: a clip has
+its bits whatever else is in the batch.
+
 Under ``torch.compile`` and ``torch.export`` the choice is made once, while the call is traced, from what is in force
 around the first call of the compiled function or around the export; the program keeps it. An op is then one node of the
 graph, ``m3em_fast::_<op>``, and the program needs this package wherever it runs; traced under the reference, it holds
-torch's own operators alone.
+torch's own operators alone. The table is asked under ``torch.compile`` as in eager mode, and a program is traced anew
+for maps of another row of it. An exported program is for other shapes and other cards too: there it is not asked, nor
+is it under torch 2.7, which says of every trace that it is an export.
 """
 
 from __future__ import annotations
@@ -76,6 +82,7 @@ class BackendError(RuntimeError):
 _default = os.environ.get("M3EM_BACKEND") or "auto"
 # What auto tries, in this order.
 _FOR_CPU, _FOR_CUDA = ("cpu", "reference"), ("cuda", "triton", "reference")
+_TRITON_FIRST = ("triton", "cuda", "reference")
 _QUICK = ("auto", "cpu")
 _peek_transform = torch._C._functorch.peek_interpreter_stack
 _count_modes = torch._C._len_torch_dispatch_stack
@@ -155,6 +162,21 @@ def missing(name: str, op: str, kernels: Collection[str]) -> str | None:
     if name == "cuda":
         return cards.unavailable()
     return "no simulated driver is open" if name == "simt" and simulated is None else None
+
+
+@constant
+def _faster_in_triton(op: str, index: int | None, dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
+    return triton_devices.faster(op, index or 0, dtype)
+
+
+def _triton_first(op: str, x: Tensor, index: int | None) -> bool:
+    """Whether calls with maps like x (N,C,H,W) are faster in Triton on a CUDA device, by a measurement on such a card.
+    torch.compile traces this function: it looks at no size where nothing was measured, and at N nowhere."""
+    for channels, positions in _faster_in_triton(op, index, x.dtype):
+        _, c, h, w = x.shape
+        if c <= channels < 2 * c and h * w <= positions < 2 * h * w:
+            return True
+    return False
 
 
 def _strange(t: Tensor) -> str | None:
@@ -251,7 +273,10 @@ def choose(op: str, kernels: Collection[str], tensors: tuple[Tensor | None, ...]
                 device = device or t.device
         kind, index = ("cpu", None) if device is None else (device.type, device.index)
         dtypes = tuple(_dtypes(tensors))
-        backend, refused = _choose_at_trace_time(op, tuple(kernels), strange, kind, index, dtypes)
+        first = False
+        if kind == "cuda" and not torch.compiler.is_exporting():
+            first = _triton_first(op, tensors[0], index)  # type: ignore[arg-type]
+        backend, refused = _choose_at_trace_time(op, tuple(kernels), strange, kind, index, dtypes, first)
         if refused is not None:
             raise BackendError(refused)
         return backend, True
@@ -268,7 +293,7 @@ def choose(op: str, kernels: Collection[str], tensors: tuple[Tensor | None, ...]
     wanted = current()
     names: tuple[str, ...]
     if wanted == "auto":
-        names = _FOR_CUDA if tensors[0].is_cuda else _FOR_CPU  # type: ignore[union-attr]
+        names = _order(op, tensors[0])  # type: ignore[arg-type]
     else:
         names = (wanted,)
     for name in names:
@@ -285,6 +310,13 @@ def choose(op: str, kernels: Collection[str], tensors: tuple[Tensor | None, ...]
     return "reference", False
 
 
+def _order(op: str, x: Tensor) -> tuple[str, ...]:
+    """What auto tries for a call whose first tensor is x."""
+    if not x.is_cuda:
+        return _FOR_CPU
+    return _TRITON_FIRST if _triton_first(op, x, x.get_device()) else _FOR_CUDA
+
+
 def refused_by(name: str, op: str, reason: str) -> BackendError:
     return BackendError(f"{op}: backend {name} cannot serve this call: {reason}")
 
@@ -297,11 +329,14 @@ def _choose_at_trace_time(
     kind: str,
     index: int | None,
     dtypes: tuple[torch.dtype, ...],
+    triton_first: bool = False,
 ) -> tuple[str, str | None]:
     """The backend, or why the one chosen by name cannot serve the call. The tracer can read neither a context variable
     nor the state of transforms."""
     wanted = current()
-    names = (wanted,) if wanted != "auto" else _FOR_CUDA if kind == "cuda" else _FOR_CPU
+    names: tuple[str, ...] = (wanted,) if wanted != "auto" else _FOR_CPU
+    if wanted == "auto" and kind == "cuda":
+        names = _TRITON_FIRST if triton_first else _FOR_CUDA
     for name in names:
         if name == "reference":
             break
@@ -336,8 +371,12 @@ def explain(op: str, *arguments: Any) -> str:
     for name, kernels in KERNELS[op].items():
         if name in names and reasons[name] is None and kernels is not None and kernels.refuses is not None:
             reasons[name] = kernels.refuses((), tensors) if tensors else None
-    tried = names if wanted != "auto" else _FOR_CUDA if tensors and tensors[0].is_cuda else _FOR_CPU
-    able = [name for name in names if reasons[name] is None and wanted in ("auto", name) and name in tried]
+    on_card = bool(tensors) and tensors[0].is_cuda
+    maps = tensors[0] if on_card and tensors[0].dim() == 4 else None
+    tried: tuple[str, ...] = names if wanted != "auto" else _FOR_CUDA if on_card else _FOR_CPU
+    if wanted == "auto" and maps is not None:
+        tried = _order(op, maps)
+    able = [name for name in tried if reasons[name] is None and wanted in ("auto", name)]
     if able:
         detail = (
             f" ({native.isa()}{', one thread after a fork' if native.forked() else ''})" if able[0] == "cpu" else ""
@@ -348,6 +387,11 @@ def explain(op: str, *arguments: Any) -> str:
     for name in names:
         if name not in able[:1]:
             other = "slower" if name in tried else "it serves where it is chosen by name"
+            if maps is not None and {name, *able[:1]} == {"cuda", "triton"}:
+                _, c, h, w = maps.shape
+                measured = triton_devices.times(op, maps.get_device(), maps.dtype, c, h * w)
+                if measured:
+                    other = f"{'slower' if name == 'cuda' else 'not faster in forward and backward alike'} ({measured})"
             if wanted not in ("auto", name):
                 other = f"backend {wanted} is chosen by name"
             lines.append(f"{name}: {reasons[name] or other}")

@@ -18,6 +18,7 @@ pytest.register_assert_rewrite("epic_cases", "exact", "library_cases", "op_cases
 
 import m3em_fast  # noqa: E402
 import simt_cases  # noqa: E402
+import triton_cases  # noqa: E402
 from m3em_fast import backends as m3em_backends  # noqa: E402
 
 # One backend is one more word here: every test that takes the fixture `backend` then runs on it too. simt and triton
@@ -69,6 +70,8 @@ def pytest_collection_modifyitems(config, items):
 def chosen(name):
     if name == "simt":
         simt_cases.simulated()
+    if name == "triton":
+        triton_cases.quicken()
     return m3em_fast.backend(name)
 
 

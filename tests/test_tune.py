@@ -13,7 +13,7 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from bench import __main__ as bench
-from bench import tune
+from bench import gpu_measure, providers, tune
 from bench.case import Size
 from bench.core import Settings
 from build_cases import ROOT, run
@@ -26,14 +26,15 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def forget():
     """The table as it is on disk, before and after."""
     yield
-    _table.table.cache_clear()
+    _table.stored.cache_clear()
     _table.config.cache_clear()
     _plan.plan.cache_clear()
 
 
 @pytest.fixture
 def card(monkeypatch, tmp_path):
-    """A V100 that takes 1 us for candidate 3 in the forward, for candidate 5 in the backward, and 2 us for others."""
+    """A V100 that takes 1 us for candidate 3 in the forward, for candidate 5 in the backward, and 2 us for others; and
+    1.25 us for the compiled forward, 0.75 us for the compiled backward."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "V100")
@@ -42,8 +43,17 @@ def card(monkeypatch, tmp_path):
         fast = {"forward": 3, "backward": 5}
         return {key: {mode: 1e-6 if key == best else 2e-6 for mode, best in fast.items()} for key in tries}
 
+    def compare(case, rows, settings):
+        compare.sizes = rows
+        return {mode: {"cuda": time, "triton": 1e-6} for mode, time in (("forward", 1.25e-6), ("backward", 7.5e-7))}
+
     monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(tune, "compare", compare)
     return tmp_path / "table.json"
+
+
+def table(capabilities, microseconds=None):
+    return json.dumps({"about": "x", "capabilities": capabilities, "microseconds": microseconds or {}})
 
 
 def fits(sizes, dtype):
@@ -68,23 +78,19 @@ def test_every_default_and_every_candidate_fits_a_v100(op, dtype):
 
 
 def test_every_row_of_the_committed_table_fits_a_v100():
-    found = json.loads(_table.PATH.read_text())
-    assert set(found) == {"about", "capabilities"}
+    found = _table.checked(json.loads(_table.PATH.read_text()))
     for capability, rows in found["capabilities"].items():
         assert int(capability) >= 70
         for row, sizes in rows.items():
-            op, dtype, bucket = row.split("/")
-            assert op in _table.OPS and set(sizes) == {"BLOCK_C", "BLOCK_P", "num_warps"}
-            assert bucket == _table.bucket(*map(int, bucket.split("x")))
-            fits(sizes, getattr(torch, dtype))
+            fits(sizes, getattr(torch, row.split("/")[1]))
 
 
 def test_a_row_serves_its_bucket_on_its_card_and_nothing_else(monkeypatch, tmp_path):
     sizes = {"BLOCK_C": 4, "BLOCK_P": 64, "num_warps": 2}
     path = tmp_path / "table.json"
-    path.write_text(json.dumps({"about": "", "capabilities": {"80": {"channel_gate/float16/1024x64": sizes}}}))
+    path.write_text(table({"80": {"channel_gate/float16/1024x64": sizes}}))
     monkeypatch.setattr(_table, "PATH", path)
-    _table.table.cache_clear()
+    _table.stored.cache_clear()
     _table.config.cache_clear()
     half = torch.float16
     assert _table.config("channel_gate", half, 1024, 49, 80) == sizes
@@ -111,13 +117,12 @@ def test_the_wheel_has_the_table():
 def test_a_trial_leaves_the_table_as_it_was(monkeypatch):
     kept, tried = ({"BLOCK_C": c, "BLOCK_P": 64, "num_warps": 2} for c in (1, 2))
     row, shape = "channel_gate/float32/8x64", ("channel_gate", torch.float32, 8, 49, 80)
-    _table.table.cache_clear()
-    monkeypatch.setitem(_table.table(), "80", {row: kept})
+    monkeypatch.setitem(_table.stored()["capabilities"], "80", {row: kept})
     _table.config.cache_clear()
     assert _table.config(*shape) == kept
-    with tune.trial(80, [row], tried):
+    with tune.trial(80, {row: tried}):
         assert _table.config(*shape) == tried
-    with tune.trial(80, [row], None):
+    with tune.trial(80, {row: None}):
         assert _table.config(*shape) == _table.default(*shape)
     assert _table.config(*shape) == kept
 
@@ -131,15 +136,16 @@ def test_the_fastest_of_each_mode_is_written(card, capsys):
     before = _table.PATH.read_bytes()
     arguments = ["tune", "consensus_map", "--dtype", "float16", "--sizes", "7x7", "--out", str(card)]
     assert bench.main(arguments) == 0
-    found = json.loads(card.read_text())["capabilities"]
+    found = json.loads(card.read_text())
     tries = tune.candidates(torch.float16, 512, 49)
-    assert found == {
-        "70": {
-            "consensus_map/float16/512x64": tries[3],
-            "consensus_map_backward/float16/512x64": tries[5],
-        }
+    rows = ["consensus_map/float16/512x64", "consensus_map_backward/float16/512x64"]
+    assert found["capabilities"] == {"70": dict(zip(rows, (tries[3], tries[5]), strict=True))}
+    assert found["microseconds"] == {
+        "70": {r: {"cuda": t, "triton": 1.0} for r, t in zip(rows, (1.25, 0.75), strict=True)}
     }
-    assert "consensus_map/float16/512x64: 1.0 us with BLOCK_C" in capsys.readouterr().out
+    assert tune.compare.sizes == found["capabilities"]["70"]
+    said = capsys.readouterr().out
+    assert f"{rows[0]}: 1.0 us with BLOCK_C" in said and f"{rows[0]}: cuda 1.2 us, triton 1.0 us" in said
     assert _table.PATH.read_bytes() == before
     assert list(card.parent.iterdir()) == [card]
 
@@ -147,17 +153,21 @@ def test_the_fastest_of_each_mode_is_written(card, capsys):
 def test_rows_of_other_cards_and_shapes_stay(card):
     kept = {"BLOCK_C": 1, "BLOCK_P": 64, "num_warps": 1}
     rows = {"consensus_map/float16/512x256": kept, "consensus_pool/float32/1024x64": kept}
-    card.write_text(json.dumps({"about": "x", "capabilities": {"70": rows, "90": rows}}))
+    timed = {row: {"cuda": 3.0, "triton": 2} for row in rows}
+    card.write_text(table({"70": rows, "90": rows}, {"70": timed, "90": timed}))
     assert tune.main(["consensus_pool", "--dtype", "float32", "--sizes", "7x7", "--out", str(card)]) == 0
     found = json.loads(card.read_text())
     assert found["about"] == "x" and found["capabilities"]["90"] == rows
     assert found["capabilities"]["70"]["consensus_map/float16/512x256"] == kept
     assert found["capabilities"]["70"]["consensus_pool/float32/1024x64"] != kept
+    assert found["microseconds"]["90"] == timed
+    assert found["microseconds"]["70"]["consensus_map/float16/512x256"] == {"cuda": 3.0, "triton": 2}
+    assert found["microseconds"]["70"]["consensus_pool/float32/1024x64"] == {"cuda": 1.25, "triton": 1.0}
 
 
 def test_computed_sizes_win_within_the_margin_and_a_stale_row_goes(card, monkeypatch):
     row = "channel_gate/float32/1024x64"
-    card.write_text(json.dumps({"about": "x", "capabilities": {"70": {row: {"BLOCK_C": 1}}}}))
+    card.write_text(table({"70": {row: {"BLOCK_C": 1, "BLOCK_P": 64, "num_warps": 1}}}))
     times = {None: 1.01e-6, 0: 1e-6, 1: 3e-6}
     monkeypatch.setattr(tune, "measure", lambda *a: {k: {"forward": t, "backward": t} for k, t in times.items()})
     assert tune.main(["channel_gate", "--dtype", "float32", "--sizes", "7x7", "--out", str(card)]) == 0
@@ -198,7 +208,61 @@ def test_a_file_that_is_no_table_is_left_alone(card, capsys):
         card.write_text(text)
         assert tune.main(["--out", str(card)]) == 2
         assert card.read_text() == text
-        assert f"{card} is there already and is no table of block sizes." in capsys.readouterr().err
+        assert f"{card} is there already and is no table of block sizes (" in capsys.readouterr().err
+
+
+SIZES, TIMES = {"BLOCK_C": 1, "BLOCK_P": 64, "num_warps": 1}, {"cuda": 2.5, "triton": 3}
+ROW = "channel_gate/float16/1024x64"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "microseconds", "said"),
+    [
+        ({"70": {ROW: SIZES}, "120": {}}, {"70": {ROW: TIMES}}, None),
+        ({"70": {"gate/float16/8x8": SIZES}}, {}, "capabilities, 70, gate/float16/8x8: there is no such op"),
+        ({"70": {"channel_gate/int8/8x8": SIZES}}, {}, "there is no such op, dtype and shape"),
+        ({"70": {"channel_gate/float16/8": SIZES}}, {}, "there is no such op, dtype and shape"),
+        ({"70": {"channel_gate/float16/7x49": SIZES}}, {}, "that shape is in the row of 8x64"),
+        ({"7.0": {}}, {}, "capabilities: '7.0' is no compute capability"),
+        ({"70": [ROW]}, {}, "capabilities: '70' is no compute capability such as '70' with rows"),
+        ([], {}, "is no compute capability"),
+        ({"70": {ROW: {"BLOCK_C": 1}}}, {}, f"{ROW}: it must have BLOCK_C, BLOCK_P, num_warps"),
+        ({"70": {ROW: SIZES | {"BLOCK_C": 3}}}, {}, "must be powers of two"),
+        ({"70": {ROW: SIZES | {"BLOCK_C": 2.0}}}, {}, "must be powers of two"),
+        ({"70": {ROW: SIZES | {"BLOCK_C": 0}}}, {}, "must be numbers above 0"),
+        ({}, {"70": {ROW: TIMES | {"cpu": 1}}}, f"microseconds, 70, {ROW}: it must have cuda, triton"),
+        ({}, {"70": {ROW: TIMES | {"cuda": "2"}}}, "cuda, triton must be numbers above 0"),
+        ({}, {"70": {ROW: TIMES | {"cuda": float("nan")}}}, "cuda, triton must be numbers above 0"),
+        ({}, {"70": {ROW: TIMES | {"cuda": True}}}, "cuda, triton must be numbers above 0"),
+    ],
+)
+def test_a_table_is_checked_when_it_is_read(card, monkeypatch, capsys, capabilities, microseconds, said):
+    text = json.dumps({"about": "x", "capabilities": capabilities, "microseconds": microseconds})
+    card.write_text(text)
+    monkeypatch.setattr(_table, "PATH", card)
+    _table.stored.cache_clear()
+    if said is None:
+        assert _table.stored() == json.loads(text)
+        return
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        _table.config("channel_gate", torch.float16, 8, 8, 70)
+    assert str(error.value).startswith(f"{card}: ")
+    assert tune.main(["--out", str(card)]) == 2
+    assert said in capsys.readouterr().err and card.read_text() == text
+
+
+def test_without_compiled_kernels_sizes_are_written_and_no_times(card, monkeypatch, capsys):
+    row = "channel_gate/float32/1024x64"
+    card.write_text(table({}, {"70": {row: TIMES}}))
+
+    def compare(*rest):
+        raise tune.Unserved("BackendError: channel_gate: backend cuda cannot serve this call: no kernels are packed")
+
+    monkeypatch.setattr(tune, "compare", compare)
+    assert tune.main(["channel_gate", "--dtype", "float32", "--sizes", "7x7", "--out", str(card)]) == 0
+    found = json.loads(card.read_text())
+    assert row in found["capabilities"]["70"] and found["microseconds"]["70"] == {}
+    assert "not compared with cuda (BackendError" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("op", tune.OPS)
@@ -211,8 +275,8 @@ def test_a_candidate_reaches_the_kernels_and_a_wrong_one_is_not_timed(monkeypatc
         pytest.skip("TRITON_INTERPRET was not set when triton was imported")
     module = importlib.import_module(f"m3em_fast.triton.{op}")
     monkeypatch.setattr(tune, "capability_here", lambda: 0)
-    if hasattr(module, "sizes"):  # interpreted, it does not look into the table
-        monkeypatch.setattr(module, "sizes", lambda kind, x, *shape: _table.config(kind, *shape, 0))
+    if hasattr(module, "sizes_of"):  # interpreted, it does not look into the table
+        monkeypatch.setattr(module, "sizes_of", lambda kind, x, *shape: _table.config(kind, *shape, 0))
     seen, real = [], module.launch
 
     def launch(kernel, programs, writes, *arguments, **constants):
@@ -224,13 +288,38 @@ def test_a_candidate_reaches_the_kernels_and_a_wrong_one_is_not_timed(monkeypatc
     monkeypatch.setattr(module, "launch", launch)
     size = Size(n=1, c=8, d=8, h=4, w=4)
     case = importlib.import_module(f"bench.{op}").cases(size, torch.float32, "contiguous")[0]
-    rows = [tune.row_of(kind, torch.float32, 8, 16) for kind in tune.modes_of(op).values()]
+    rows = [_table.row_of(name, torch.float32, 8, 16) for name in (op, _table.backward_of(op))]
     good, wrong = {"BLOCK_C": 2, "BLOCK_P": 8, "num_warps": 1}, {"BLOCK_C": 4, "BLOCK_P": 4, "num_warps": 8}
     settings = Settings(seconds=0.0, min_rounds=1, max_rounds=1, warm_up=0)
     times = tune.measure(case, {None: None, 0: good, 1: wrong}, rows, settings, "cpu")
     assert set(times) == {None, 0}
     assert all(set(found) >= {"forward", "backward"} for found in times.values())
     assert any(c.get("BLOCK_P", 0) == 8 or c.get("BLOCK", 0) == 16 for c in seen)
-    assert _table.table().get("0", {}) == {}
+    assert _table.stored()["capabilities"].get("0", {}) == {}
     with pytest.raises(tune.Unserved, match="wrong: "):
         tune.measure(case, {1: wrong}, rows, settings, "cpu")
+    seen.clear()
+    both = tune.compare(case, {rows[0]: good, rows[1]: None}, settings, "cpu", ("cpu", "triton"))
+    assert set(both) == {"forward", "backward"} and all(set(found) == {"cpu", "triton"} for found in both.values())
+    assert all(time > 0 for found in both.values() for time in found.values())
+    assert any(c.get("BLOCK_P", 0) == 8 or c.get("BLOCK", 0) == 16 for c in seen)
+    with pytest.raises(tune.Unserved, match="wrong: "):
+        tune.compare(case, {rows[0]: None, rows[1]: wrong}, settings, "cpu", ("cpu", "triton"))
+
+
+def test_the_records_of_make_gpu_have_triton_beside_the_compiled_kernels(monkeypatch, tmp_path):
+    """With the kernels of the CPU in the place of those for a card."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    for module in (providers, gpu_measure):
+        monkeypatch.setattr(module, "backends", lambda device="cpu": ("cpu", "triton", "reference"))
+    monkeypatch.setattr(gpu_measure, "OPS", (gpu_measure.consensus_pool,))
+    monkeypatch.setattr(gpu_measure, "COMPILE_SECONDS", 1e9)
+    size, said = Size(n=2, c=4, d=4, h=4, w=4), []
+    settings = Settings(seconds=0.0, min_rounds=1, max_rounds=1, copy_buffer=2**20, tiny_calls=1, tiny_rounds=1)
+    path = tmp_path / "gpu.json"
+    gpu_measure.run("float32", path, 600, {}, device="cpu", sizes=((size, size),), settings=settings, say=said.append)
+    records = json.loads(path.read_text())
+    timed = {(r["variant"], r["shape"]["n"], r["mode"], r["backend"]) for r in records if r["p50_ms"] is not None}
+    rows = {row[:3] for row in timed if row[3] == "cpu"}
+    assert len(rows) > 8 and {(*row, "triton") for row in rows} <= timed
+    assert all(re.search(r"^  cpu .*\n  triton ", text, re.M) for text in said if "eager" in text)

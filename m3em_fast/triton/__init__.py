@@ -17,7 +17,8 @@ from collections.abc import Iterable
 
 import torch
 
-from m3em_fast.cuda import OLDEST, version_of
+from m3em_fast.cuda import IMAGES, OLDEST, version_of
+from m3em_fast.triton import _table
 
 OLDEST_TRITON = (3, 3)
 # From this compute capability on every dtype is served; before it those that Triton and the cards are both good at.
@@ -77,6 +78,7 @@ class Devices:
         self._unavailable: str | None = ""  # not asked yet
         self._capabilities: dict[int, int] = {}
         self._declined: dict[int, str] = {}
+        self._faster: dict[tuple[str, int, torch.dtype], tuple[tuple[int, int], ...]] = {}
         self._lock = threading.RLock()
 
     def unavailable(self) -> str | None:
@@ -130,6 +132,31 @@ class Devices:
         except Exception as error:  # of the driver, or of the C compiler that Triton calls
             self._declined[index] = f"Triton's driver cannot be started ({_first_line(error)})"
         return self._declined.get(index)
+
+    def faster(self, op: str, index: int, dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
+        """The shapes in which an op's calls on a device are faster here than with compiled kernels, by a measurement on
+        such a card (``_table.faster``). Asks nothing of Triton, which may be missing."""
+        key = (op, index, dtype)
+        found = self._faster.get(key)
+        if found is None:
+            try:
+                found = _table.faster(IMAGES.get(op, op), dtype, capability(index))
+            except (AssertionError, RuntimeError):  # a fake tensor of a card that is not here
+                found = ()
+            self._faster[key] = found
+        return found
+
+    def times(self, op: str, index: int, dtype: torch.dtype, channels: int, positions: int) -> str:
+        """What was measured of both backends on such a card, in a few words, or none."""
+        try:
+            own = capability(index)
+        except (AssertionError, RuntimeError):
+            return ""
+        words = []
+        measured = _table.times(IMAGES.get(op, op), dtype, channels, positions, own)
+        for name, each in zip(("forward", "backward"), measured, strict=False):
+            words.append(f"{name} cuda {each['cuda']:g} us, triton {each['triton']:g} us")
+        return f"measured on compute capability {version_of(own)}: {'; '.join(words)}" if words else ""
 
     def capability(self, index: int) -> int:
         """Of a device that has been served before; 0 under the interpreter."""

@@ -37,7 +37,7 @@ def capability_of(x: Tensor) -> int:
     return 0 if INTERPRETED else backends.triton_devices.capability(x.get_device())
 
 
-def sizes(op: str, x: Tensor, dtype: torch.dtype, channels: int, positions: int) -> dict[str, int]:
+def sizes_of(op: str, x: Tensor, dtype: torch.dtype, channels: int, positions: int) -> dict[str, int]:
     """BLOCK_C, BLOCK_P and num_warps for maps of a dtype, on the device of x."""
     if INTERPRETED:  # what costs there is the number of programs
         return {
@@ -53,18 +53,11 @@ def present(x: Any) -> Any:
     return None if isinstance(x, Form) else x
 
 
-def strides_of(*tensors: Tensor | Form | None) -> tuple[list[int], bool]:
-    """The strides of maps (N,C,H,W) one after another, 0 for one that is not there, and whether the positions of each
-    are one evenly spaced line, so that the stride of W alone leads along them."""
-    found: list[int] = []
-    line = True
-    for x in tensors:
-        if x is None or isinstance(x, Form):
-            found += (0, 0, 0, 0)
-            continue
-        n, c, h, w = x.stride()
-        found += (n, c, h, w)
-        line = line and (x.shape[2] == 1 or h == x.shape[3] * w)
+def strides_of(*tensors: Tensor | None) -> tuple[list[tuple[int, ...]], bool]:
+    """The strides of maps (N,C,H,W), 0 for one that is not there, and whether the positions of each are one evenly
+    spaced line, so that the stride of W alone leads along them."""
+    found = [(0, 0, 0, 0) if x is None else x.stride() for x in tensors]
+    line = all(x is None or x.shape[2] == 1 or x.stride(2) == x.shape[3] * x.stride(3) for x in tensors)
     return found, line
 
 
