@@ -100,30 +100,29 @@ void backward(const ChannelGate &o) {
         for (int64_t c0 = 0; c0 < o.c; c0 += V) {
             const int count = int(o.c - c0 < V ? o.c - c0 : V);
             if (by_rows) {
-                const A *x = needs_x
-                                 ? load_rows<T, A>(sample_of<const T>(o.x, n), o.x, layout, c0, count, o.h, o.w, tile_x)
-                                 : nullptr;
+                const T *x = needs_x ? sample_of<const T>(o.x, n) + c0 * p : nullptr;
                 T *to = o.grad_x.data ? sample_of<T>(o.grad_x, n) + c0 * p : nullptr;
                 A *gx = to && direct ? reinterpret_cast<A *>(to) : tile_gx;
                 for (int g = 0; g < o.num_gates; ++g) {
-                    const A *go = load_rows<T, A>(sample_of<const T>(o.grad_out, n), o.grad_out, go_layout,
-                                                  g * o.c + c0, count, o.h, o.w, tile_go);
+                    const T *go = sample_of<const T>(o.grad_out, n) + (g * o.c + c0) * p;
                     for (int i = 0; i < count; ++i) {
                         const A gate = gates[g * o.c + c0 + i];
-                        const A *from = go + i * p;
+                        const T *from = go + i * p;
                         A *row = gx + i * p;
                         if (o.grad_gates[g].data)
-                            put_matrix(o.grad_gates[g], n, c0 + i, dot_row(from, x + i * p, p));
+                            put_matrix(o.grad_gates[g], n, c0 + i, dot_two(from, x + i * p, p));
                         if (!to)
                             continue;
                         int64_t q = 0;
                         for (; q + V <= p; q += V) {
-                            const vec part = *reinterpret_cast<const vec *>(from + q) * gate;
+                            vec part;
+                            widen_eight(from + q, part);
+                            part *= gate;
                             vec *at = reinterpret_cast<vec *>(row + q);
                             *at = g ? *at + part : part;
                         }
                         for (; q < p; ++q)
-                            row[q] = g ? row[q] + from[q] * gate : from[q] * gate;
+                            row[q] = g ? row[q] + widen(from[q]) * gate : widen(from[q]) * gate;
                     }
                 }
                 if (to && !direct)

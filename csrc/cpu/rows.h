@@ -74,6 +74,23 @@ static inline A dot_row(const T *row, const A *y, int64_t count) {
     return total(reinterpret_cast<const A *>(&part)) + tail;
 }
 
+// The same of two rows in any dtype.
+template <class T>
+static inline typename acc_of<T>::type dot_two(const T *row, const T *other, int64_t count) {
+    using A = typename acc_of<T>::type;
+    typename vec_of<A>::type sum{}, x, y;
+    int64_t q = 0;
+    for (; q + V <= count; q += V) {
+        widen_eight(row + q, x);
+        widen_eight(other + q, y);
+        sum += x * y;
+    }
+    A tail = 0;
+    for (; q < count; ++q)
+        tail += widen(row[q]) * widen(other[q]);
+    return total(reinterpret_cast<const A *>(&sum)) + tail;
+}
+
 // dot_row of eight rows, `p` numbers each and one after another, with one row `y`: bitwise the same.
 template <class T, class A>
 static inline void dot_rows(const T *rows, const A *y, int64_t p, typename vec_of<A>::type &to) {
