@@ -363,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m bench.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, _terminated)  # so that nothing that it has started goes on
+    before = signal.signal(signal.SIGTERM, _terminated)  # so that nothing that it has started goes on
     try:
         return run(options)
     except (CannotRun, OSError) as error:
@@ -372,6 +372,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("make gpu: interrupted.", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def test_every_op_of_the_installed_wheel_is_right_without_a_compiler(installed, 
     assert [shutil.which(name, path=installed.parent) for name in ("g++", "c++", "clang++", "cc", "ninja")] == [
         None
     ] * 5
-    for name in ("conftest.py", "exact.py", "op_cases.py", "simt_cases.py", "test_ops.py"):
+    for name in ("conftest.py", "exact.py", "op_cases.py", "simt_cases.py", "triton_cases.py", "test_ops.py"):
         shutil.copy(ROOT / "tests" / name, tmp_path)
     where = "import m3em_fast; print(m3em_fast.__file__)"
     assert Path(without_a_compiler(installed, "-c", where).strip()).is_relative_to(installed.parents[1])
