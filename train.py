@@ -128,7 +128,7 @@ def batches(pairs: Iterable[Pair], reader: BatchReader, team: Team) -> Iterator[
             own = source[team.share(len(source))], None if target is None else target[team.share(len(target))]
             yield (source, target), own
 
-    with Prefetch(shares(), lambda item, room: reader(item[1], room), workers=1) as ahead:
+    with Prefetch(shares(), lambda item, room: reader(item[1], room), workers=1 + reader.widens) as ahead:
         for (pair, own), features in ahead:
             yield pair, own, features
 

@@ -27,7 +27,10 @@ DOCUMENT = ROOT / "docs/cuda-resources.md"
 VERSION = (12, 9)  # figures of another compiler would be others
 
 # Kernels that fill less than half of a V100, and why that is right.
-REASONS: dict[str, str] = {}
+REASONS: dict[str, str] = {
+    "consensus_map_partial": "7x7: what shared memory holds; a tile is on its way. float64 spills in four blocks.",
+    "consensus_map_backward": "7x7: as in `partial`. Other maps: three blocks spill nothing, four do.",
+}
 LIMIT, ENOUGH = 60, 0.5
 
 
@@ -56,7 +59,7 @@ BANDWIDTH = {"V100": 900, "A100 80 GB": 2039, "H100 SXM": 3350}
 ELEMENT = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2}
 
 # The host's plan, asked by a program of a few lines: with what a kernel is launched for a shape.
-# Arguments: bytes of an accumulator, half or float, and of the shape n, c, h, w, more.
+# Arguments: bytes of a number of the maps, whether the form is not `any`, and of the shape n, c, h, w, more.
 PROGRAM = """
 #include "cuda/{op}.h"
 #include <cstdio>
@@ -110,7 +113,7 @@ PAPER = {
 
 def shape_of(op: str, form: str) -> Shape:
     """What the launch of a kernel is reported for."""
-    return PAPER[op] if form == "7x7" else replace(PAPER[op], h=14, w=14)
+    return PAPER[op] if form != "any" else replace(PAPER[op], h=14, w=14)
 
 
 @dataclass(frozen=True)
@@ -160,8 +163,8 @@ def plan(op: str, form: str, dtype: str, csrc: Path) -> dict[str, int]:
     channels, more, asked = PLANS[op]
     name = op.title().replace("_", "")
     source = PROGRAM.format(op=op, name=name, channels=channels, more=more, values=", ".join(asked))
-    shape, wide = shape_of(op, form), dtype == "f64"
-    values = (8 if wide else 4, int(not wide), shape.n, shape.c, shape.h, shape.w, shape.more)
+    shape = shape_of(op, form)
+    values = (ELEMENT[dtype], int(form != "any"), shape.n, shape.c, shape.h, shape.w, shape.more)
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder) / "plan")
         command = [*shlex.split(os.environ.get("CXX") or "g++"), "-std=c++17", f"-I{csrc}", "-x", "c++", "-", "-o"]
@@ -188,11 +191,11 @@ def measure(csrc: Path = ROOT / "csrc") -> tuple[list[Kernel], dict[str, dict[st
         ptx = nvrtc.cached(compiler, source, name, "compute_80", headers).image.decode()
         plans: dict[tuple[str, str], dict[str, int]] = {}
         for entry, threads in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx):
-            parts = re.fullmatch(rf"{op}_(\w+)_(f64|f32|f16|bf16)_(7x7|any)", entry)
+            parts = re.fullmatch(rf"{op}_(\w+)_(f64|f32|f16|bf16)_(7x7|packs|any)", entry)
             if not parts:
-                raise Broken(f"{name} has a kernel {entry}; {op}_<stage>_<dtype>_<7x7 or any> was expected.")
+                raise Broken(f"{name} has a kernel {entry}; {op}_<stage>_<dtype>_<7x7, packs or any> was expected.")
             stage, dtype, form = parts.groups()
-            kind = ("f64" if dtype == "f64" else "f32", form)
+            kind = (dtype, form)
             if kind not in plans:
                 plans[kind] = plan(op, form, dtype, csrc)
             if stage not in plans[kind]:
@@ -340,8 +343,8 @@ TRAFFIC = {
 def bandwidth(op: str, csrc: Path) -> list[str]:
     rows = []
     for dtype, said in (("f64", "f64"), ("f32", "f32"), ("f16", "f16, bf16")):
-        element = ELEMENT[dtype]
-        for stage, moved, floor in TRAFFIC[op][0](PAPER[op], plan(op, "7x7", dtype, csrc), element, max(4, element)):
+        element, form = ELEMENT[dtype], "any" if dtype == "f64" else "7x7" if op == "consensus_map" else "packs"
+        for stage, moved, floor in TRAFFIC[op][0](PAPER[op], plan(op, form, dtype, csrc), element, max(4, element)):
             times = [f"{moved / speed / 1e6:.3f}" for speed in BANDWIDTH.values()]
             least = "" if floor is None else f"{floor / 1e6:.1f}"
             rows.append([f"{said} {stage}", f"{moved / 1e6:.1f}", least, *times])

@@ -9,9 +9,13 @@ import shutil
 import subprocess
 import zipfile
 from collections import namedtuple
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from m3em_fast import backends
+from m3em_fast.backends import native
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build/simt"  # what has been built stays, under the name of its contents
@@ -22,27 +26,59 @@ V100 = {"capability": 70, "shared": 96 << 10}
 Called = namedtuple("Called", "name error thread device mode subject")
 
 
-def build(sources=ROOT / "csrc", flags=("-O1",), folder=FOLDER):
-    """The library, made of the sources of a tree, once for the same sources."""
-    command = [os.environ.get("CXX", "g++"), "-std=c++17", *flags, "-g1", "-fPIC", "-shared", "-fvisibility=hidden"]
+def compiler(flags):
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", *flags, "-g1", "-fPIC", "-fvisibility=hidden"]
     # Of two libraries in one process each has its own statics.
-    command += ["-fno-gnu-unique", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    return [*command, "-fno-gnu-unique", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+
+
+def compiled(command, sources, *parts, output):
+    """Makes `output` of parts, the names of files in simt/ or objects."""
+    parts = [str(sources / "simt" / f"{part}.cpp") if part in LIBRARY else str(part) for part in parts]
+    new = output.with_suffix(".new")
+    command = [*command, f"-I{sources}/simt", f"-I{sources}", *parts, "-o", str(new)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    os.replace(new, output)
+
+
+def place_of(sources, command, folder):
+    """A folder that is of these sources and this command alone."""
     digest = hashlib.sha256(" ".join(command).encode())
     for path in sorted(p for name in ("cuda", "simt") for p in (sources / name).glob("*") if p.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
-    library = folder / digest.hexdigest()[:16] / "driver.so"
-    library.parent.mkdir(parents=True, exist_ok=True)
+    place = folder / digest.hexdigest()[:16]
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def build(sources=ROOT / "csrc", flags=("-O1",), folder=FOLDER):
+    """The library, made of the sources of a tree, once for the same sources."""
+    command = [*compiler(flags), "-shared"]
+    library = place_of(sources, command, folder) / "driver.so"
     with open(library.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two workers one compiles
         if not library.exists():
-            new = library.with_suffix(".new")
-            parts = [str(sources / "simt" / f"{name}.cpp") for name in LIBRARY]
-            command += [f"-I{sources}/simt", f"-I{sources}", *parts, "-o", str(new)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
             archive(library.with_name("images.zip"))
-            os.replace(new, library)
+            compiled(command, sources, *LIBRARY, output=library)
     return library
+
+
+def with_fault(folder, op, path, right, wrong):
+    """A library in which one place of a file is wrong for one op; what else it is made of is compiled once."""
+    command = compiler(["-O0"])
+    objects = place_of(ROOT / "csrc", command, FOLDER)
+    others = [objects / f"{name}.o" for name in LIBRARY if name != op]
+    with open(objects / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for missing in [other for other in others if not other.exists()]:
+            compiled([*command, "-c"], ROOT / "csrc", missing.stem, output=missing)
+    sources = shutil.copytree(ROOT / "csrc", folder / "csrc")
+    text = (sources / path).read_text()
+    assert text.count(right) == 1, f"{path} has {text.count(right)} places such as:\n{right}"
+    (sources / path).write_text(text.replace(right, wrong))
+    compiled([*command, "-shared"], sources, op, *others, output=folder / "faulty.so")
+    return opened(folder, folder / "faulty.so")[0]
 
 
 # The runner of kernels, the driver, and one file an op.
@@ -133,6 +169,36 @@ def opened(folder, library=None, archs=("sm_70",), **devices):
     return driver, backends.simulate(copy, archive(folder / "images.zip", archs))
 
 
+def launched(driver):
+    """The names of the kernels since the last time that somebody asked for the log."""
+    return [call.subject.split()[0] for call in driver.log() if call.name == "cuLaunchKernel"]
+
+
+def form_of_consensus_map(call, *maps):
+    """Which kernels serve a pass that reads and writes these maps: those for 7x7 take three scales of maps whose
+    channels lie one after another, in packs of 16 bytes and nothing else."""
+    first = maps[0]
+    _, d, h, w = first.shape
+    element = first.element_size()
+    options = call.options.get("num_scales") or 3, call.options.get("center", False)
+    fits = (h, w) == (7, 7) and options == (3, False) and element < 8 and d * element % 16 == 0
+    for t in maps:
+        fits = fits and t.stride()[1:] == (49, 7, 1) and t.data_ptr() % 16 == 0 and t.stride(0) * element % 16 == 0
+    return "7x7" if fits else "any"
+
+
+def orders_that_catch(driver, run):
+    """The orders of threads in which `run` fails."""
+    caught = []
+    for order in ORDERS:
+        driver.order(order)
+        try:
+            run()
+        except (native.DriverError, AssertionError):
+            caught.append(order)
+    return caught
+
+
 _opened = {}
 
 
@@ -144,3 +210,17 @@ def simulated():
         _opened["cards"] = backends.simulate(library, library.with_name("images.zip"))
     backends.simulated = _opened["cards"]
     return _opened["driver"], _opened["cards"]
+
+
+@contextmanager
+def simt():
+    """The backend `simt` with that library. Memory that nobody has written to is NaN."""
+    driver, _ = simulated()
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with backends.backend("simt"):
+            yield driver
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        driver.order("forward")

@@ -1,6 +1,8 @@
 // What kernels do within a warp, for the standalone program of csrc/simt: shuffles, votes and __syncwarp, against
-// loops.
+// loops; and copies that are waited for later.
 #include "simt/standalone.h"
+
+#include "cuda/async.cuh"
 
 #include <algorithm>
 
@@ -13,17 +15,20 @@ constexpr unsigned Whole = 0xffffffff;
 
 struct Arguments {
     const float *x;
-    float *total, *scan, *neighbour;
+    float *total, *scan, *neighbour, *copied;
     double *mixed;
     unsigned *votes;
 };
 
 void kernel(const Arguments &g) {
     M3EM_SHARED(memory);
-    float *parts = reinterpret_cast<float *>(memory), *swap = parts + Warps;
+    float *copies = reinterpret_cast<float *>(memory), *parts = copies + Threads, *swap = parts + Warps;
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, all = blockIdx.x * Threads + tid;
     const unsigned present = warp < 2 ? Whole : 0xffff;
     const float value = g.x[all];
+    // The numbers of the block, which others than those who copy them read.
+    if (tid < Threads / 4)
+        m3em::copy_pack(copies + 4 * tid, g.x + blockIdx.x * Threads + 4 * tid);
     // The sum of a block: of every warp, then of those.
     float sum = value;
     const int lanes = warp < 2 ? 32 : 16;
@@ -31,7 +36,9 @@ void kernel(const Arguments &g) {
         sum += __shfl_down_sync(present, sum, step, lanes);
     if (lane == 0)
         parts[warp] = sum;
+    m3em::await_copies();
     __syncthreads();
+    g.copied[all] = copies[Threads - 1 - tid];
     float total = 0;
     for (int i = 0; i < Warps; ++i)
         total += parts[i];
@@ -59,15 +66,16 @@ void kernel(const Arguments &g) {
 
 Finding run(simt::Order order) {
     constexpr size_t count = Threads * Blocks;
-    Buffer<float> x(count), total(count), scan(count), neighbour(count);
+    Buffer<float> x(count), total(count), scan(count), neighbour(count), copied(count);
     Buffer<double> mixed(count);
     Buffer<unsigned> votes(count);
     Draw draw;
     for (size_t i = 0; i < count; ++i)
         x[i] = float(draw());
-    const Arguments given = {x.data(), total.data(), scan.data(), neighbour.data(), mixed.data(), votes.data()};
+    const Arguments given = {x.data(),      total.data(), scan.data(), neighbour.data(),
+                             copied.data(), mixed.data(), votes.data()};
     const auto enter = [](const void *arguments) { kernel(*static_cast<const Arguments *>(arguments)); };
-    if (const char *error = simt::launch(enter, &given, Blocks, Threads, (Warps + Threads) * sizeof(float), order))
+    if (const char *error = simt::launch(enter, &given, Blocks, Threads, (Warps + 2 * Threads) * sizeof(float), order))
         return error;
     std::vector<double> found, wanted;
     for (int block = 0; block < Blocks; ++block)
@@ -84,14 +92,14 @@ Finding run(simt::Order order) {
                 positive |= at(other) > 0 ? 1u << (other - warp) : 0;
             const double both = at(warp + (lane ^ 3)) + 2 * at(tid / 16 * 16 + 2);
             const size_t here = size_t(block * Threads + tid);
-            found.insert(found.end(), {total[here], scan[here], neighbour[here], mixed[here]});
-            wanted.insert(wanted.end(), {sum, before, at(tid ^ 1), both});
+            found.insert(found.end(), {total[here], scan[here], neighbour[here], mixed[here], copied[here]});
+            wanted.insert(wanted.end(), {sum, before, at(tid ^ 1), both, at(Threads - 1 - tid)});
             if (votes[here] != positive + 1)
                 return "votes are wrong";
         }
     return compare("number", found, wanted, 1e-6);
 }
 
-const Op op = {"warps", [](const Check &check) { check("sums, scans, neighbours and votes", run); }};
+const Op op = {"warps", [](const Check &check) { check("sums, scans, neighbours, votes and copies", run); }};
 
 } // namespace

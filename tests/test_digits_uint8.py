@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from m3em_fast.data.digits import SPLITS, DigitsConfig, load_backbone, load_frames
 from m3em_fast.data.digits import prepare as prepare_digits
 from m3em_fast.data.digits.__main__ import main
+from m3em_fast.data.prefetch import BatchReader, Prefetch
 from m3em_fast.data.store import FeatureStore, StoreError
+from m3em_fast.uda.distributed import Team
 
 SMALL = DigitsConfig(
     seed=100,
@@ -52,6 +55,24 @@ def test_the_same_features_in_half_the_room(made, split):
         step = exact.amax(dim=(0, 1, 3, 4), keepdim=True) / 255  # there is one shard
         off = (got[name].double() - exact).abs()
         assert (off <= 0.5001 * step + 2**-11 * (exact + step)).all() and off.max() > 0, name
+
+
+def test_reading_bytes_ahead_takes_a_second_thread(made, monkeypatch):
+    seen = []
+
+    class Noted(Prefetch):
+        def __init__(self, items, read, *, workers):
+            seen.append(workers)
+            super().__init__(items, read, workers=workers)
+
+    monkeypatch.setattr(train, "Prefetch", Noted)
+    for root in made.values():
+        stores = [FeatureStore(root / split) for split in ("source_train", "target_train")]
+        reader = BatchReader(stores, ["RGB"], 5)
+        (_, _, features), *_ = train.batches([(np.arange(3), np.arange(2))], reader, Team())
+        assert len(features["RGB"]) == 5
+        assert not BatchReader(stores, ["Audio"], 5).widens
+    assert list(made) == ["float16", "uint8"] and seen == [1, 2]
 
 
 def test_the_same_backbones(made):

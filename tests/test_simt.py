@@ -1,8 +1,6 @@
 """The CUDA kernels on the CPU, through the Python and the launcher of a card (csrc/simt), against the exact results;
 and that this net has no holes. The general op tests run on the backend `simt` as well."""
 
-import shutil
-
 import pytest
 import torch
 
@@ -13,29 +11,21 @@ from m3em_fast import backends
 from m3em_fast.backends import BackendError, native
 from m3em_fast.ops._cpu import DTYPES as NUMBERS
 from op_cases import DTYPES, HALF, Call, check, lay_out, random_grad, random_tensors
-from simt_cases import ORDERS, ROOT
+from simt_cases import ORDERS, form_of_consensus_map, launched
 
 # One chunk and several, full tiles and parts of one, more cells than threads, maps longer than wide.
 SHAPES = [(2, 64, 7, 7), (1, 200, 7, 7), (2, 5, 14, 14), (2, 3, 5, 3), (1, 33, 1, 1), (2, 8, 1, 9), (1, 130, 7, 8)]
 SHAPES += [(1, 16, 28, 20), (0, 3, 7, 7)]
+STAGES = ("partial", "finish", "backward")
+KINDS = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 CENTER = pytest.mark.parametrize("center", [False, True], ids=["cosine", "pearson"])
 
 
 @pytest.fixture(autouse=True)
 def driver():
-    """Memory that nobody has written to is NaN, and every kernel is one of those for cards."""
-    found, _ = simt_cases.simulated()
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with m3em_fast.backend("simt"):
+    with simt_cases.simt() as found:
         yield found
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    found.order("forward")
-
-
-def launched(driver):
-    return [call.subject.split()[0] for call in driver.log() if call.name == "cuLaunchKernel"]
 
 
 EVERY_LAYOUT = [(shape, layout) for shape in SHAPES for layout in ("contiguous", "channels_last")]
@@ -48,10 +38,11 @@ EVERY_LAYOUT += [(shape, layout) for shape in SHAPES[:3] for layout in ("sliced"
 def test_consensus_map(driver, dtype, shape, layout, center):
     call = Call("consensus_map", options={"center": center})
     driver.log()
-    check("simt", call, random_tensors(call, *shape, dtype, layouts=[layout] * 2))
-    form = "7x7" if shape[2:] == (7, 7) and dtype != torch.float64 else "any"
-    ending = f"{'bf' if dtype == torch.bfloat16 else 'f'}{torch.finfo(dtype).bits}_{form}"
-    expected = [f"consensus_map_{stage}_{ending}" for stage in ("partial", "finish", "backward")]
+    tensors = random_tensors(call, *shape, dtype, layouts=[layout] * 2)
+    _, gradients = check("simt", call, tensors)
+    forward = form_of_consensus_map(call, *tensors)
+    forms = forward, forward, form_of_consensus_map(call, *tensors, *gradients)
+    expected = [f"consensus_map_{stage}_{KINDS[dtype]}_{form}" for stage, form in zip(STAGES, forms, strict=True)]
     assert launched(driver) == (expected if shape[0] else [])
 
 
@@ -148,19 +139,19 @@ def test_more_shared_memory_than_is_given_unasked(driver):
     assert max(found) > 48 << 10
 
 
-# What would go wrong on a card -> a step too few or too many in a copy of the kernel.
+# What would go wrong on a card -> a step too few or too many in a copy of the kernels for every shape.
 SEEDED = {
     "a barrier is missing before the pooled values are read": (
-        "        pool_tiles(g, room, count);\n        __syncthreads();\n        if",
-        "        pool_tiles(g, room, count);\n        if",
+        "(nullptr));\n        __syncthreads();\n",
+        "(nullptr));\n",
     ),
     "a barrier is missing before the next tile is written": (
         "c1 - c : m.tile;\n        __syncthreads();\n",
         "c1 - c : m.tile;\n        if (c == c0)\n            __syncthreads();\n",
     ),
     "some threads leave out a barrier": (
-        "        pool_tiles(g, room, count);\n        __syncthreads();\n        if",
-        "        pool_tiles(g, room, count);\n        if (tid < 64)\n            __syncthreads();\n        if",
+        "(nullptr));\n        __syncthreads();\n",
+        "(nullptr));\n        if (tid < 64)\n            __syncthreads();\n",
     ),
     "an element is not written": (
         "            static_cast<T *>(m.out.data)[first + q] = narrow<T>(value);",
@@ -172,21 +163,8 @@ SEEDED = {
 
 @pytest.mark.parametrize("fault", SEEDED)
 def test_a_seeded_fault_is_caught(tmp_path, monkeypatch, fault):
-    right, wrong = SEEDED[fault]
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    path = tmp_path / "csrc/cuda/consensus_map.cu"
-    source = path.read_text()
-    assert source.count(right) == 1
-    path.write_text(source.replace(right, wrong))
     monkeypatch.setattr(backends, "simulated", None)
-    broken, _ = simt_cases.opened(tmp_path, simt_cases.build(tmp_path / "csrc", ["-O0"], tmp_path / "build"))
+    broken = simt_cases.with_fault(tmp_path, "consensus_map", "cuda/consensus_map.cu", *SEEDED[fault])
     call = Call("consensus_map")
-    tensors = random_tensors(call, 1, 200, 7, 7, torch.float32)
-    caught = 0
-    for order in ORDERS:
-        broken.order(order)
-        try:
-            check("simt", call, tensors)
-        except (native.DriverError, AssertionError):
-            caught += 1
-    assert caught
+    tensors = random_tensors(call, 1, 200, 7, 8, torch.float32)
+    assert simt_cases.orders_that_catch(broken, lambda: check("simt", call, tensors))

@@ -19,7 +19,8 @@ KINDS = {
 }
 OPS, WARPS = ("consensus_map", "channel_gate", "consensus_pool"), "tests/simt_warps.cpp"
 PROGRAMS = {op: f"csrc/simt/standalone_{op}.cpp" for op in OPS}
-KERNEL, SLAB = "csrc/cuda/consensus_map.cu", "csrc/cuda/slab.cuh"
+KERNEL, TILE, SEVEN = (f"csrc/cuda/consensus_map{part}" for part in (".cu", "_tile.cuh", "_seven.cuh"))
+SLAB, PACKS = "csrc/cuda/slab.cuh", "csrc/cuda/pool_packs.cuh"
 
 
 def compiler(*arguments):
@@ -113,6 +114,9 @@ DIFFER = (
 )
 
 
+UNWAITED = r"thread \d+ of block 0 leaves the kernel with copies that it has not waited for"
+
+
 def both(said):
     """The same sentence from fibers and from threads."""
     return {"plain": [said], "thread": [said]}
@@ -123,8 +127,8 @@ def both(said):
 SEEDED = {
     "a barrier is missing": (
         KERNEL,
-        "        pool_tiles(g, room, count);\n        __syncthreads();\n        if",
-        "        pool_tiles(g, room, count);\n        if",
+        "(nullptr));\n        __syncthreads();\n",
+        "(nullptr));\n",
         "float32 7x7",
         {"thread": [RACE, "consensus_map.cu"]},
     ),
@@ -136,16 +140,16 @@ SEEDED = {
         {"thread": [RACE, "consensus_map.cu"]},
     ),
     "a read behind the end of a map": (
-        KERNEL,
-        "i = packs * Wide + tid; i < all;",
-        "i = packs * Wide + tid; i <= all;",
+        TILE,
+        "[&](int to, int from) { tile[to] = sample[from]; }",
+        "[&](int to, int from) { tile[to] = sample[from + 1]; }",
         "float16 7x7",
         {"address": [OVERFLOW, "READ of size 2", "load_tile"]},
     ),
     "a write behind the end of a gradient": (
-        KERNEL,
-        "    for (int i = threadIdx.x; i < all; i += MapThreads) {\n        const int c = i / p",
-        "    for (int i = threadIdx.x; i <= all; i += MapThreads) {\n        const int c = i / p",
+        TILE,
+        "{ sample[to] = tile[from]; }",
+        "{ sample[to + 1] = tile[from]; }",
         "float32 7x7",
         {"address": [OVERFLOW, "WRITE of size 4", "store_tile"]},
     ),
@@ -158,17 +162,94 @@ SEEDED = {
     ),
     "an element is not written": (
         KERNEL,
-        "    for (int q = tid; q < g.positions; q += MapThreads) {\n        const int y",
-        "    for (int q = tid; q < g.positions - 1; q += MapThreads) {\n        const int y",
+        "    for (int q = tid; q < g.positions; q += Threads) {\n        const int y",
+        "    for (int q = tid; q < g.positions - 1; q += Threads) {\n        const int y",
         "float32 7x7",
         {"plain": ["result 48 of 49 is -?nan where .* is right .not written"]},
+    ),
+    "7x7: a barrier is missing after the copies of the forward": (
+        SEVEN,
+        "        });\n        __syncthreads();\n        // The rows",
+        "        });\n        // The rows",
+        "float32 seven few",
+        {"thread": [RACE, "consensus_map_seven.cuh"], "plain": ["result 0 of 49 is -?nan"]},
+    ),
+    "7x7: a barrier is missing after the copies of the backward": (
+        SEVEN,
+        "        await_copies();\n        __syncthreads();\n        if (tid",
+        "        await_copies();\n        if (tid",
+        "float16 seven part of a tile",
+        {"thread": [RACE, "consensus_map_seven.cuh"], "plain": ["gradient by a .* is -?nan"]},
+    ),
+    "7x7: a barrier is missing before the pooled values are read": (
+        SEVEN,
+        "cells[c][i];\n        __syncthreads();\n#pragma unroll\n        for (int turn",
+        "cells[c][i];\n#pragma unroll\n        for (int turn",
+        "float32 seven few",
+        {"thread": [RACE, "consensus_map_seven.cuh"]},
+    ),
+    "7x7: a barrier is missing before the next tile is copied": (
+        SEVEN,
+        "        if (first)\n            __syncthreads();\n",
+        "",
+        "float16 seven several tiles",
+        {"thread": [RACE, "simt::copy_later"]},
+    ),
+    "7x7: a barrier is missing before the sums of positions take the place of a tile": (
+        SEVEN,
+        "S::Active * S::Wide;\n    __syncthreads();\n",
+        "S::Active * S::Wide;\n",
+        "float32 seven few",
+        {"thread": [RACE, "consensus_map_seven.cuh"]},
+    ),
+    "7x7: a barrier is missing before the tile of the backward is pooled anew": (
+        SEVEN,
+        "row * Pitch + c * Spread);\n        }\n        __syncthreads();\n",
+        "row * Pitch + c * Spread);\n        }\n",
+        "float32 seven several tiles",
+        {"thread": [RACE, "consensus_map_seven.cuh"]},
+    ),
+    "7x7: nobody waits for the copies": (
+        SEVEN,
+        "        await_copies();\n        each_pack",
+        "        each_pack",
+        "float32 seven few",
+        both(UNWAITED),
+    ),
+    "7x7: a read behind the end of a map": (
+        SEVEN,
+        "* S::Active < packs; ++s)",
+        "* S::Active <= packs; ++s)",
+        "float32 seven few",
+        {"address": [OVERFLOW, "READ of size 16", "simt::await_copies"]},
+    ),
+    "7x7: a write behind the end of shared memory": (
+        SEVEN,
+        "Rows * Pitch, *const grad",
+        "Rows * Pitch + 32, *const grad",
+        "float16 seven few",
+        {"address": [OVERFLOW, "WRITE of size 4", "make_seven_factors", "simt::launch"]},
     ),
     "a barrier is missing before the sums of the gates' gradients": (
         "csrc/cuda/channel_gate.cu",
         "gates, products, pitch);\n                __syncthreads();\n",
         "gates, products, pitch);\n",
-        "channel_gate float32 7x7",
+        "channel_gate float32 7x7, kernels for every shape",
         {"thread": [RACE, "channel_gate.cu"]},
+    ),
+    "a barrier is missing before the sums of packs are added": (
+        "csrc/cuda/gate_packs.cuh",
+        "(m, part, gates, sums);\n    __syncthreads();\n",
+        "(m, part, gates, sums);\n",
+        "channel_gate float16 7x7, several chunks",
+        {"thread": [RACE, "add_packs"]},
+    ),
+    "a pack behind the end of a chunk": (
+        "csrc/cuda/gate_packs.cuh",
+        "        if (k < packs)\n            to = load_words(go",
+        "        if (k <= packs)\n            to = load_words(go",
+        "channel_gate float16 16x16",
+        {"address": [OVERFLOW, "READ of size", "backward_walk"]},
     ),
     "a pack that begins in a map and ends behind it": (
         SLAB,
@@ -177,10 +258,24 @@ SEEDED = {
         "consensus_pool float16 7x7 without a map",
         {"address": [OVERFLOW, "READ of size", "consensus_pool.cu"]},
     ),
+    "a pack behind the last one is asked for": (
+        PACKS,
+        "(Whole || left > U * walkers)",
+        "(Whole || left > (U - 1) * walkers)",
+        "consensus_pool float16 7x7, two chunks",
+        {"address": [OVERFLOW, "READ of size", "pool_packs.cuh"]},
+    ),
+    "a barrier is missing before the sums of packs": (
+        PACKS,
+        "        __syncthreads();\n        add_slots",
+        "        add_slots",
+        "consensus_pool float16 7x7, two chunks",
+        {"thread": [RACE, "pool_packs.cuh"]},
+    ),
     "some threads leave out a barrier": (
         KERNEL,
-        "        pool_tiles(g, room, count);\n        __syncthreads();\n        if",
-        "        pool_tiles(g, room, count);\n        if (tid < 64)\n            __syncthreads();\n        if",
+        "(nullptr));\n        __syncthreads();\n",
+        "(nullptr));\n        if (tid < 64)\n            __syncthreads();\n",
         "float32 7x7",
         both(DIVERGENT.format(file="consensus_map.cu", thread=64, state="waits at the")),
     ),
@@ -260,6 +355,28 @@ SEEDED = {
         "",
         "",
         {"plain": ["number .* is -?nan"], "thread": [RACE, "simt_warps.cpp"]},
+    ),
+    "nobody waits for the copies": (WARPS, "    m3em::await_copies();\n", "", "", both(UNWAITED)),
+    "copies are waited for after the barrier": (
+        WARPS,
+        "    m3em::await_copies();\n    __syncthreads();\n",
+        "    __syncthreads();\n    m3em::await_copies();\n",
+        "",
+        {"plain": ["number 4 of .* is -?nan"], "thread": [RACE, "simt::await_copies"]},
+    ),
+    "a copy that begins between two packs": (
+        WARPS,
+        "blockIdx.x * Threads + 4 * tid);",
+        "blockIdx.x * Threads + 4 * tid + 2);",
+        "",
+        {"plain": ["thread 0 of block 0 copies 16 bytes between addresses that are no multiples of it"]},
+    ),
+    "a copy is read while it is on its way": (
+        WARPS,
+        "    m3em::await_copies();\n    __syncthreads();\n",
+        "    g.scan[all] = copies[tid];\n    m3em::await_copies();\n    __syncthreads();\n",
+        "",
+        {"thread": [RACE, "simt::copy_later"]},
     ),
     "a vote in the place of __syncwarp": (
         WARPS,

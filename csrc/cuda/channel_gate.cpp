@@ -24,10 +24,11 @@ ChannelGateArguments arguments_of(const ChannelGate &given) {
 
 void launch(Module &module, void *stream, bool backward, const ChannelGate &given, ChannelGateArguments &m) {
     const Dtype dtype = given.x.dtype;
-    const ChannelGatePlan plan(m, number_of(dtype), dtype != Dtype::f64);
-    const int which = static_cast<int>(dtype), slot = (backward * 4 + which) * 2 + plan.seven;
+    const ChannelGatePlan plan(m, element_of(dtype), packed(m, element_of(dtype)));
+    const bool packs = m.active > 0;
+    const int which = static_cast<int>(dtype), slot = (backward * 4 + which) * 2 + packs;
     const KernelName name = {"channel_gate", backward ? "backward" : "forward", DtypeNames[which],
-                             plan.seven ? "7x7" : "any", slot};
+                             packs ? "packs" : "any", slot};
     module.launch({name, (long long)m.n * m.chunks, GateThreads, backward ? plan.backward_bytes : plan.forward_bytes,
                    stream, &m});
 }

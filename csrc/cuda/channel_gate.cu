@@ -2,32 +2,22 @@
 // gradients.
 //
 // A block takes a chunk of the channels of one sample. Where channels lie one after another it walks over them 16 bytes
-// at a time; in any other memory, channels_last above all, a thread takes a channel and walks over the positions, so
-// that neighbouring threads read neighbouring numbers. Sums over positions (the gradients of the gates) have one order
-// in either way, whatever else is in the batch.
-#include "cuda/channel_gate.cuh"
+// at a time: in whole packs only (form `packs`, gate_packs.cuh), or as far as packs go (form `any`). In any other
+// memory, channels_last above all, a thread takes a channel and walks over the positions, so that neighbouring threads
+// read neighbouring numbers. Sums over positions (the gradients of the gates) have one order in each of these ways,
+// whatever else is in the batch.
+#include "cuda/gate_packs.cuh"
 #include "cuda/slab.cuh"
 
 namespace m3em {
 namespace {
 
-// The gates of the block's channels, [gate][channel]; 0 for one that is not needed.
-template <class T, class A>
-__device__ void load_gates(const ChannelGateArguments &m, const Part &part, A *gates) {
-    for (int i = threadIdx.x; i < m.num_gates * part.count; i += GateThreads) {
-        const int g = i / part.count, c = part.c0 + i - g * part.count;
-        const Gate &gate = m.gates[g];
-        gates[i] = gate.data ? read<T, A>(gate.data, part.n * gate.stride[0] + c * gate.stride[1], gate.wide) : A(0);
-    }
-    __syncthreads();
-}
-
-template <class T, int P0>
+template <class T>
 __device__ void forward(const ChannelGateArguments &m) {
     using A = typename acc_of<T>::type;
     M3EM_SHARED(memory);
     A *gates = reinterpret_cast<A *>(memory);
-    const int p = P0 ? P0 : m.h * m.w;
+    const int p = m.h * m.w;
     const Part part(m.chunk, m.chunks, m.c);
     load_gates<T>(m, part, gates);
     const T *x = sample_of<const T>(m.x, part.n, part.c0);
@@ -107,18 +97,12 @@ __device__ void backward_tile(const ChannelGateArguments &m, const Part &part, i
     });
 }
 
-template <class T, class A>
-__device__ inline void write_gate(const ChannelGateArguments &m, int g, long long n, int c, A value) {
-    const Gate &grad = m.grads[g];
-    write<T, A>(grad.data, n * grad.stride[0] + c * grad.stride[1], grad.wide, value);
-}
-
-template <class T, int P0>
+template <class T>
 __device__ void backward(const ChannelGateArguments &m) {
     using A = typename acc_of<T>::type;
     M3EM_SHARED(memory);
     A *gates = reinterpret_cast<A *>(memory);
-    const int p = P0 ? P0 : m.h * m.w;
+    const int p = m.h * m.w;
     const Part part(m.chunk, m.chunks, m.c);
     load_gates<T>(m, part, gates);
     A *sums = gates + m.num_gates * m.chunk, *products = sums + m.num_gates * m.chunk;
@@ -187,16 +171,16 @@ __device__ void backward(const ChannelGateArguments &m) {
 } // namespace
 } // namespace m3em
 
-#define M3EM_CHANNEL_GATE(dtype, T, form, P0)                                                                          \
+#define M3EM_CHANNEL_GATE(dtype, T, form, forward, backward)                                                           \
     M3EM_KERNEL(channel_gate_forward_##dtype##_##form, m3em::GateThreads, m3em::GateBlocks,                            \
-                m3em::ChannelGateArguments, m3em::forward<T, P0>)                                                      \
+                m3em::ChannelGateArguments, m3em::forward<T>)                                                          \
     M3EM_KERNEL(channel_gate_backward_##dtype##_##form, m3em::GateThreads, m3em::GateBlocks,                           \
-                m3em::ChannelGateArguments, m3em::backward<T, P0>)
+                m3em::ChannelGateArguments, m3em::backward<T>)
 
-M3EM_CHANNEL_GATE(f32, float, 7x7, 49)
-M3EM_CHANNEL_GATE(f16, __half, 7x7, 49)
-M3EM_CHANNEL_GATE(bf16, __nv_bfloat16, 7x7, 49)
-M3EM_CHANNEL_GATE(f64, double, any, 0)
-M3EM_CHANNEL_GATE(f32, float, any, 0)
-M3EM_CHANNEL_GATE(f16, __half, any, 0)
-M3EM_CHANNEL_GATE(bf16, __nv_bfloat16, any, 0)
+M3EM_CHANNEL_GATE(f32, float, packs, forward_packs, backward_packs)
+M3EM_CHANNEL_GATE(f16, __half, packs, forward_packs, backward_packs)
+M3EM_CHANNEL_GATE(bf16, __nv_bfloat16, packs, forward_packs, backward_packs)
+M3EM_CHANNEL_GATE(f64, double, any, forward, backward)
+M3EM_CHANNEL_GATE(f32, float, any, forward, backward)
+M3EM_CHANNEL_GATE(f16, __half, any, forward, backward)
+M3EM_CHANNEL_GATE(bf16, __nv_bfloat16, any, forward, backward)

@@ -23,13 +23,17 @@ struct ChannelGateArguments {
     Gate gates[MaxGates]; // no data where only a gradient by x, which is not wanted, would need it
     Gate grads[MaxGates]; // backward; no data where no gradient is wanted
     int n, c, h, w, num_gates;
-    int chunk;   // channels of a block; the last block of a sample may have fewer
-    int chunks;  // blocks of a sample
-    int tile;    // backward: channels whose products are in shared memory at a time,
-    int segment; // and positions; all of them where there is more than one channel
-    int rows;    // all maps hold the numbers of a sample one after another, channel by channel, in one type
-    int across;  // else: neighbouring threads take neighbouring channels, not positions
-    int wide;    // out and grad_out are in the accumulation type, whatever x is; then not `rows`
+    int chunk;    // channels of a block; the last block of a sample may have fewer
+    int chunks;   // blocks of a sample
+    int active;   // form `packs`: threads that walk, see walkers(); 0 in the form `any`
+    int channels; // channels of a step of the walk
+    int packs;    // of a chunk
+    int halves;   // backward: 2^halves threads add the sums of packs of one channel
+    int tile;     // form `any`, backward: channels whose products are in shared memory at a time,
+    int segment;  // and positions; all of them where there is more than one channel
+    int rows;     // all maps hold the numbers of a sample one after another, channel by channel, in one type
+    int across;   // else: neighbouring threads take neighbouring channels, not positions
+    int wide;     // out and grad_out are in the accumulation type, whatever x is; then not `rows`
 };
 
 } // namespace

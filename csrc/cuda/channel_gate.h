@@ -4,15 +4,58 @@
 #include "cuda/channel_gate.cuh"
 
 #include <climits>
+#include <cstdint>
+#include <initializer_list>
 
 namespace m3em {
 namespace {
 
+// Whether the form `packs` serves: all maps are whole packs of 16 aligned bytes in every sample, and there is a walk.
+inline bool packed(const ChannelGateArguments &m, int element) {
+    const int wide = 16 / element;
+    const long long positions = (long long)m.h * m.w;
+    if (!m.rows || element == 8 || walkers(GateThreads, int(positions), wide) == 0 || m.c * positions % wide != 0)
+        return false;
+    for (const Map *map : {&m.x, &m.out, &m.grad_out, &m.grad_x})
+        if (map->data && (reinterpret_cast<uintptr_t>(map->data) % 16 != 0 || map->stride[0] % wide != 0))
+            return false;
+    return true;
+}
+
 struct ChannelGatePlan {
     long long forward_bytes = 0, backward_bytes = 0; // of shared memory
-    bool seven = false;                              // the kernels for 7x7 serve it
 
-    ChannelGatePlan(ChannelGateArguments &m, int number, bool half_or_float) {
+    // By C, H, W, the gates and the dtype alone. `element`: bytes of a number of the maps. `packed` as above.
+    ChannelGatePlan(ChannelGateArguments &m, int element, bool packed) {
+        const int number = element == 8 ? 8 : 4; // bytes of one that is added up
+        if (packed)
+            plan_packs(m, number, 16 / element);
+        else
+            plan_any(m, number);
+    }
+
+private:
+    void plan_packs(ChannelGateArguments &m, int number, int wide) {
+        const int positions = m.h * m.w;
+        m.active = walkers(GateThreads, positions, wide);
+        int unit = 1; // channels that are whole packs
+        while (unit * positions % wide != 0)
+            unit *= 2;
+        // Several steps, as far as there is room for the gates and their sums, and blocks of one size.
+        m.channels = m.active * wide / positions;
+        const long long step = (long long)number * m.num_gates * (m.active + 2 * m.channels), room = 20 << 10;
+        const int most = m.channels * int(room > step ? room / step < 8 ? room / step : 8 : 1);
+        m.chunks = (m.c + most - 1) / most;
+        m.chunk = ((m.c + m.chunks - 1) / m.chunks + unit - 1) / unit * unit;
+        m.chunks = (m.c + m.chunk - 1) / m.chunk;
+        m.packs = m.chunk * positions / wide;
+        for (m.halves = 0; (positions / wide + 2) >> m.halves > 16;)
+            ++m.halves;
+        forward_bytes = (long long)number * m.num_gates * m.chunk;
+        backward_bytes = forward_bytes + (long long)number * m.num_gates * (m.packs + m.chunk);
+    }
+
+    void plan_any(ChannelGateArguments &m, int number) {
         const long long positions = (long long)m.h * m.w;
         // Channels whose slab is a few packs for every thread, and whole packs in any type.
         // A slab's numbers are counted in 32 bits.
@@ -30,7 +73,6 @@ struct ChannelGatePlan {
             m.tile *= 2;
         forward_bytes = (long long)number * m.num_gates * m.chunk;
         backward_bytes = 2 * forward_bytes + (long long)number * m.num_gates * m.tile * odd(m.segment);
-        seven = half_or_float && m.h == 7 && m.w == 7;
     }
 };
 

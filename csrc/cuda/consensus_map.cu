@@ -10,6 +10,8 @@
 // Chunks and tiles depend on D, H, W and the dtype alone, and every sum has one order, so a sample's result does not
 // depend on the others in the batch nor on the card.
 #include "cuda/consensus_map.cuh"
+#include "cuda/consensus_map_seven.cuh"
+#include "cuda/consensus_map_tile.cuh"
 #include "cuda/device.cuh"
 #include "cuda/scales.cuh"
 #include "cuda/sums.cuh"
@@ -17,139 +19,67 @@
 namespace m3em {
 namespace {
 
-// Channels c0 .. c0+count of a sample to rows of `pitch` numbers in shared memory, less `means` if there are any.
-template <class T, class A>
-__device__ void load_tile(const Map &map, long long n, int c0, int count, int h, int w, int pitch, const A *means,
-                          A *tile) {
-    const T *sample = sample_of<const T>(map, n, c0);
-    const int p = h * w, all = count * p, tid = threadIdx.x;
-    if (map.stride[3] == 1 && (h == 1 || map.stride[2] == w) && (count == 1 || map.stride[1] == p)) {
-        // One stretch of memory, 16 bytes at a time where it begins on such a boundary.
-        constexpr int Wide = 16 / sizeof(T);
-        const bool wide = (reinterpret_cast<unsigned long long>(sample) & 15) == 0;
-        const int packs = wide ? all / Wide : 0;
-        const Pack<T> *from = reinterpret_cast<const Pack<T> *>(sample);
-#pragma unroll 1
-        for (int i = tid; i < packs; i += MapThreads) {
-            const Pack<T> pack = from[i];
-            int c = i * Wide / p, q = i * Wide - c * p;
-#pragma unroll
-            for (int e = 0; e < Wide; ++e) {
-                tile[c * pitch + q] = widen(pack.at[e]) - (means ? means[q] : A(0));
-                if (++q == p)
-                    q = 0, ++c;
-            }
-        }
-#pragma unroll 1
-        for (int i = packs * Wide + tid; i < all; i += MapThreads) {
-            const int c = i / p, q = i - c * p;
-            tile[c * pitch + q] = widen(sample[i]) - (means ? means[q] : A(0));
-        }
-        return;
-    }
-    // Any strides; neighbouring threads take neighbouring channels, which are neighbours in channels_last memory.
-#pragma unroll 1
-    for (int i = tid; i < all; i += MapThreads) {
-        const int q = i / count, c = i - q * count, y = q / w, x = q - y * w;
-        tile[c * pitch + q] =
-            widen(sample[c * map.stride[1] + y * map.stride[2] + x * map.stride[3]]) - (means ? means[q] : A(0));
-    }
-}
-
-// Shared memory, in the order in which it is laid out: both tiles, their pooled values, and what else a kernel needs.
-template <class A>
-struct Room {
-    A *a, *b, *pooled_a, *pooled_b, *rest;
-    template <class G>
-    __device__ Room(const G &g, int channels, unsigned char *memory) {
-        a = reinterpret_cast<A *>(memory);
-        b = a + channels * g.pitch();
-        pooled_a = b + channels * g.pitch();
-        pooled_b = pooled_a + channels * g.pooled_pitch();
-        rest = pooled_b + channels * g.pooled_pitch();
-    }
-};
-
-// The pooled values of all scales but the first, for both tiles. A warp takes a cell, its lanes take channels.
-template <class A, class G>
-__device__ void pool_tiles(const G &g, const Room<A> &room, int count) {
-    const int pitch = g.pitch(), pooled_pitch = g.pooled_pitch(), many = g.cells - g.positions;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll 1
-    for (int item = warp; item < 2 * many; item += MapThreads / 32) {
-        const bool second = item >= many;
-        const int cell = item - (second ? many : 0) + g.positions;
-        const int k = g.scale_of(cell), columns = g.columns(k), rows = g.rows(k), at = cell - g.first(k);
-        const int i = at / columns, j = at - i * columns;
-        const int y0 = window_start(i, g.h, rows), y1 = window_stop(i, g.h, rows);
-        const int x0 = window_start(j, g.w, columns), x1 = window_stop(j, g.w, columns);
-        const A share = A(1) / A((y1 - y0) * (x1 - x0));
-        for (int c = lane; c < count; c += 32) {
-            const A *row = (second ? room.b : room.a) + c * pitch;
-            A sum = 0;
-            for (int y = y0; y < y1; ++y)
-                for (int x = x0; x < x1; ++x)
-                    sum += row[y * g.w + x];
-            (second ? room.pooled_b : room.pooled_a)[c * pooled_pitch + cell - g.positions] = sum * share;
-        }
-    }
-}
-
 // Sums of one chunk of one sample.
-template <class T, int H0, int W0, int S0>
+template <class T>
 __device__ void partial(const ConsensusMapArguments &m) {
     using A = typename acc_of<T>::type;
-    const Geometry<H0, W0, S0> g(m);
+    const Geometry<0, 0, 0> g(m);
     M3EM_SHARED(memory);
-    const Room<A> room(g, m.tile, memory);
+    const Room<T, A> room(g, m.tile, 0, memory);
     const bool center = m.center;
     const int per_cell = SumsOf(center), tid = threadIdx.x;
     const Part part(m.chunk, m.chunks, m.d);
-    const long long n = part.n;
     const int c0 = part.c0, c1 = c0 + part.count;
     // Where there are more threads than cells, groups of threads share the channels of a tile.
     const int groups = MapThreads / g.cells > 1 ? MapThreads / g.cells : 1;
     const int group = tid / g.cells, stride = groups > 1 ? g.cells : MapThreads;
-    A *sums = room.rest; // [group][cell][per_cell], each cell of a group one thread's own
+    A *const sums = room.rest; // [group][cell][per_cell], each cell of a group one thread's own
     for (int i = tid; i < groups * g.cells * per_cell; i += MapThreads)
         sums[i] = 0;
+    room.make_windows(g);
     int done = 0; // channels of this thread's group so far
     for (int c = c0; c < c1; c += m.tile) {
         const int count = c1 - c < m.tile ? c1 - c : m.tile;
         __syncthreads();
-        load_tile<T, A>(m.a, n, c, count, g.h, g.w, g.pitch(), nullptr, room.a);
-        load_tile<T, A>(m.b, n, c, count, g.h, g.w, g.pitch(), nullptr, room.b);
+        load_tile(m.a, part.n, c, count, g.h, g.w, room.pitch, room.a);
+        load_tile(m.b, part.n, c, count, g.h, g.w, room.pitch, room.b);
+        await_copies();
         __syncthreads();
-        pool_tiles(g, room, count);
+        pool_tiles<false>(g, room, count, static_cast<const A *>(nullptr));
         __syncthreads();
         if (group >= groups)
             continue;
         const int mine = count > group ? (count - group + groups - 1) / groups : 0;
         const Share<A> share(done, mine);
         const A one = mine ? A(1) / A(mine) : A(0);
-#pragma unroll 1
-        for (int cell = groups > 1 ? tid - group * g.cells : tid; cell < g.cells; cell += stride) {
-            const bool whole = cell < g.positions;
-            const int step = whole ? g.pitch() : g.pooled_pitch();
-            const A *a = (whole ? room.a + cell : room.pooled_a + cell - g.positions) + group * step;
-            const A *b = (whole ? room.b + cell : room.pooled_b + cell - g.positions) + group * step;
+        const auto add = [&](int cell, int step, const auto *a, const auto *b) {
             Sums<A> here;
             here.clear();
             if (center && mine) {
                 for (int i = 0; i < mine; ++i)
-                    here.mean_a += a[i * groups * step], here.mean_b += b[i * groups * step];
+                    here.mean_a += A(widen(a[i * step])), here.mean_b += A(widen(b[i * step]));
                 here.mean_a *= one, here.mean_b *= one;
             }
+#pragma unroll 4
             for (int i = 0; i < mine; ++i) {
-                const A va = a[i * groups * step] - here.mean_a, vb = b[i * groups * step] - here.mean_b;
+                const A va = A(widen(a[i * step])) - here.mean_a, vb = A(widen(b[i * step])) - here.mean_b;
                 here.ab += va * vb, here.aa += va * va, here.bb += vb * vb;
             }
-            A *own = sums + (group * g.cells + cell) * per_cell;
+            A *const own = sums + (group * g.cells + cell) * per_cell;
             Sums<A> before;
             before.load(own, center);
             before.merge(here, share, center);
             before.store(own, center);
-        }
+        };
+#pragma unroll 1
+        for (int cell = groups > 1 ? tid - group * g.cells : tid; cell < g.cells; cell += stride)
+            if (cell < g.positions) {
+                const int at = group * room.pitch + cell;
+                add(cell, groups * room.pitch, room.a + at, room.b + at);
+            } else {
+                const int at = group * room.pooled_pitch + cell - g.positions;
+                add(cell, groups * room.pooled_pitch, room.pooled_a + at, room.pooled_b + at);
+            }
         done += mine;
     }
     __syncthreads();
@@ -176,7 +106,7 @@ __device__ void partial(const ConsensusMapArguments &m) {
 }
 
 // Of one sample: the chunks together, the cosines, their upsampling, and what the backward will need.
-template <class T, int H0, int W0, int S0>
+template <class T, int Threads, int H0 = 0, int W0 = 0, int S0 = 0>
 __device__ void finish(const ConsensusMapArguments &m) {
     using A = typename acc_of<T>::type;
     const Geometry<H0, W0, S0> g(m);
@@ -188,7 +118,7 @@ __device__ void finish(const ConsensusMapArguments &m) {
     A *stats = m.stats ? static_cast<A *>(m.stats) + n * (3 * g.cells + (center ? 2 * g.positions : 0)) : nullptr;
     const A *from = static_cast<const A *>(m.partial) + n * m.chunks * g.cells * per_cell;
 #pragma unroll 1
-    for (int cell = tid; cell < g.cells; cell += MapThreads) {
+    for (int cell = tid; cell < g.cells; cell += Threads) {
         Sums<A> total, other;
         total.load(from + cell * per_cell, center);
 #pragma unroll 1
@@ -215,7 +145,7 @@ __device__ void finish(const ConsensusMapArguments &m) {
     __syncthreads();
     const long long first = n * g.positions;
 #pragma unroll 1
-    for (int q = tid; q < g.positions; q += MapThreads) {
+    for (int q = tid; q < g.positions; q += Threads) {
         const int y = q / g.w, x = q - y * g.w;
         A value = cosine[q];
         for (int k = 1; k < g.scales; ++k) {
@@ -236,125 +166,149 @@ __device__ void finish(const ConsensusMapArguments &m) {
 }
 
 // The three factors of every cell: the gradient of its cosine (the transpose of the upsampling), for the way back
-// through the pooling divided by its window, times the three numbers that the forward left.
-template <class A, class T, class G>
+// through the pooling divided by its window, times the three numbers that the forward left. `across` holds the sums
+// over the columns of a row, [row][column of the scale], for one scale at a time.
+template <class T, class A, class G>
 __device__ void make_factors(const G &g, const ConsensusMapArguments &m, long long n, const A *stats, A *grad,
-                             A *factors) {
+                             A *across, A *factors) {
 #pragma unroll 1
     for (int q = threadIdx.x; q < g.positions; q += MapThreads) {
         const int y = q / g.w, x = q - y * g.w;
-        const long long at = n * m.grad_out.stride[0] + y * m.grad_out.stride[2] + x * m.grad_out.stride[3];
-        grad[q] = m.wide ? static_cast<const A *>(m.grad_out.data)[at]
-                         : A(widen(static_cast<const T *>(m.grad_out.data)[at]));
+        grad[q] = read<T, A>(m.grad_out.data,
+                             n * m.grad_out.stride[0] + y * m.grad_out.stride[2] + x * m.grad_out.stride[3], m.wide);
     }
     __syncthreads();
-#pragma unroll 1
-    for (int cell = threadIdx.x; cell < g.cells; cell += MapThreads) {
-        const int k = g.scale_of(cell), rows = g.rows(k), columns = g.columns(k), at = cell - g.first(k);
-        const int i = at / columns, j = at - i * columns;
+    // The sum of numbers `step` apart by the share that a cell has in each of `length` places; only those near the cell
+    // have one.
+    const auto weigh = [](const A *from, int step, int cell, int cells, int length) {
+        const int first = (2 * cell - 1) * length / (2 * cells) - 1, last = (2 * cell + 3) * length / (2 * cells) + 2;
         A sum = 0;
-        if (k == 0) {
-            sum = grad[cell];
-        } else {
 #pragma unroll 1
-            for (int y = 0; y < g.h; ++y) {
-                const A wy = Taps<A>(y, g.h, rows).of(i);
-                if (wy == A(0))
-                    continue;
-#pragma unroll 1
-                for (int x = 0; x < g.w; ++x) {
-                    const A wx = Taps<A>(x, g.w, columns).of(j);
-                    if (wx != A(0))
-                        sum += wy * wx * grad[y * g.w + x];
-                }
-            }
-            sum /= A((window_stop(i, g.h, rows) - window_start(i, g.h, rows)) *
-                     (window_stop(j, g.w, columns) - window_start(j, g.w, columns)));
-        }
+        for (int p = first > 0 ? first : 0; p < last && p < length; ++p)
+            if (const A weight = Taps<A>(p, length, cells).of(cell); weight != A(0))
+                sum += weight * from[p * step];
+        return sum;
+    };
+    const auto write_factors = [&](int cell, A sum) {
         const A *three = stats + 3 * cell;
         // A dead cell passes nothing on, not even of a gradient that is infinite.
         const bool dead = three[0] == 0 && three[1] == 0 && three[2] == 0;
         for (int e = 0; e < 3; ++e)
             factors[3 * cell + e] = dead ? A(0) : sum * three[e];
-    }
-    __syncthreads();
-}
-
-// Rows of shared memory to channels c0 .. c0+count of a gradient.
-template <class T, class A>
-__device__ void store_tile(const Map &map, long long n, int c0, int count, int h, int w, int pitch, const A *tile) {
-    T *sample = sample_of<T>(map, n, c0);
-    const int p = h * w, all = count * p;
-    if (map.stride[1] == 1 && count > 1) {
+    };
+    for (int q = threadIdx.x; q < g.positions; q += MapThreads)
+        write_factors(q, grad[q]);
+    for (int k = 1; k < g.scales; ++k) {
+        const int rows = g.rows(k), columns = g.columns(k), start = g.first(k);
 #pragma unroll 1
-        for (int i = threadIdx.x; i < all; i += MapThreads) {
-            const int q = i / count, c = i - q * count, y = q / w, x = q - y * w;
-            sample[c + y * map.stride[2] + x * map.stride[3]] = narrow<T>(tile[c * pitch + q]);
+        for (int i = threadIdx.x; i < g.h * columns; i += MapThreads)
+            across[i] = weigh(grad + i / columns * g.w, 1, i % columns, columns, g.w);
+        __syncthreads();
+#pragma unroll 1
+        for (int at = threadIdx.x; at < rows * columns; at += MapThreads) {
+            const A sum = weigh(across + at % columns, columns, at / columns, rows, g.h);
+            write_factors(start + at, sum / A(Window(g, start + at).size()));
         }
-        return;
-    }
-    for (int i = threadIdx.x; i < all; i += MapThreads) {
-        const int c = i / p, q = i - c * p, y = q / w, x = q - y * w;
-        sample[c * map.stride[1] + y * map.stride[2] + x * map.stride[3]] = narrow<T>(tile[c * pitch + q]);
+        __syncthreads();
     }
 }
 
-template <class T, int H0, int W0, int S0>
+// Which cells hold a row or a column, [scale but the first][rows, then columns].
+template <class G>
+__device__ void make_holders(const G &g, Holders *holders) {
+    for (int i = threadIdx.x; i < (g.scales - 1) * (g.h + g.w); i += MapThreads) {
+        const int k = i / (g.h + g.w) + 1, p = i % (g.h + g.w);
+        const bool row = p < g.h;
+        const int length = row ? g.h : g.w, size = row ? g.rows(k) : g.columns(k), at = row ? p : p - g.h;
+        holders[i].first = holder_first(at, length, size), holders[i].last = holder_last(at, length, size);
+    }
+}
+
+template <class T>
 __device__ void backward(const ConsensusMapArguments &m) {
     using A = typename acc_of<T>::type;
-    const Geometry<H0, W0, S0> g(m);
+    const Geometry<0, 0, 0> g(m);
     M3EM_SHARED(memory);
-    const Room<A> room(g, m.tile, memory);
-    A *factors = room.rest, *grad = factors + 3 * g.cells;
-    const int tid = threadIdx.x, pitch = g.pitch(), pooled_pitch = g.pooled_pitch();
+    const Room<T, A> room(g, m.tile, g.positions + g.h * g.columns(1), memory);
+    A *const factors = room.rest;
+    Holders *const holders = reinterpret_cast<Holders *>(factors + 3 * g.cells);
+    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, many = g.pooled();
     const Part part(m.chunk, m.chunks, m.d);
     const long long n = part.n;
     const int c0 = part.c0, c1 = c0 + part.count;
     const A *stats = static_cast<const A *>(m.stats) + n * (3 * g.cells + (m.center ? 2 * g.positions : 0));
     const A *means = m.center ? stats + 3 * g.cells : nullptr;
-    make_factors<A, T>(g, m, n, stats, grad, factors);
+    // Where there are more threads than positions, groups of threads share the channels of a tile.
+    const int groups = MapThreads / g.positions > 1 ? MapThreads / g.positions : 1;
+    const int group = tid / g.positions;
+    const int q0 = groups > 1 ? tid - group * g.positions : tid, stride = groups > 1 ? g.positions : MapThreads;
+    room.make_windows(g);
+    make_holders(g, holders);
     for (int c = c0; c < c1; c += m.tile) {
         const int count = c1 - c < m.tile ? c1 - c : m.tile;
-        load_tile<T, A>(m.a, n, c, count, g.h, g.w, pitch, means, room.a);
-        load_tile<T, A>(m.b, n, c, count, g.h, g.w, pitch, means ? means + g.positions : means, room.b);
+        load_tile(m.a, n, c, count, g.h, g.w, room.pitch, room.a);
+        load_tile(m.b, n, c, count, g.h, g.w, room.pitch, room.b);
+        if (c == c0) // while the tiles are on their way
+            make_factors<T, A>(g, m, n, stats, room.pooled_a, room.pooled_a + g.positions, factors);
+        await_copies();
         __syncthreads();
-        pool_tiles(g, room, count);
+        if (means)
+            pool_tiles<true>(g, room, count, means);
+        else
+            pool_tiles<false>(g, room, count, means);
         __syncthreads();
         // The gradients of pooled values take their place.
-        const int many = g.cells - g.positions;
-        for (int i = tid; i < count * many; i += MapThreads) {
-            const int channel = i / many, cell = i - channel * many, at = channel * pooled_pitch + cell;
-            const A *f = factors + 3 * (g.positions + cell), va = room.pooled_a[at], vb = room.pooled_b[at];
-            room.pooled_a[at] = f[0] * vb - f[1] * va;
-            room.pooled_b[at] = f[0] * va - f[2] * vb;
-        }
+        for (int channel = warp; channel < count; channel += MapThreads / 32)
+            for (int cell = lane; cell < many; cell += 32) {
+                const int at = channel * room.pooled_pitch + cell;
+                const A *f = factors + 3 * (g.positions + cell), va = room.pooled_a[at], vb = room.pooled_b[at];
+                room.pooled_a[at] = f[0] * vb - f[1] * va;
+                room.pooled_b[at] = f[0] * va - f[2] * vb;
+            }
         __syncthreads();
         // And so do those of the maps: each number is read by the thread alone that writes there.
 #pragma unroll 1
-        for (int i = tid; i < count * g.positions; i += MapThreads) {
-            const int channel = i / g.positions, q = i - channel * g.positions, y = q / g.w, x = q - y * g.w;
-            A from_a = 0, from_b = 0;
-            for (int k = 1; k < g.scales; ++k) {
-                const int rows = g.rows(k), columns = g.columns(k);
-                const int start = channel * pooled_pitch + g.first(k) - g.positions;
-                const int i1 = holder_last(y, g.h, rows), j0 = holder_first(x, g.w, columns),
-                          j1 = holder_last(x, g.w, columns);
-                for (int row = holder_first(y, g.h, rows); row < i1; ++row)
-                    for (int column = j0; column < j1; ++column) {
-                        from_a += room.pooled_a[start + row * columns + column];
-                        from_b += room.pooled_b[start + row * columns + column];
-                    }
+        for (int q = group < groups ? q0 : g.positions; q < g.positions; q += stride) {
+            const int y = q / g.w, x = q - y * g.w;
+            const A f0 = factors[3 * q], f1 = factors[3 * q + 1], f2 = factors[3 * q + 2];
+            const A mean_a = means ? means[q] : A(0), mean_b = means ? means[g.positions + q] : A(0);
+            const auto write = [&](int channel, A from_a, A from_b) {
+                T &a = room.a[channel * room.pitch + q], &b = room.b[channel * room.pitch + q];
+                const A va = A(widen(a)) - mean_a, vb = A(widen(b)) - mean_b;
+                a = narrow<T>(f0 * vb - f1 * va + from_a), b = narrow<T>(f0 * va - f2 * vb + from_b);
+            };
+            // Two channels at a time: which cells hold a position is the same for all.
+#pragma unroll 1
+            for (int channel = group; channel < count; channel += 2 * groups) {
+                const int other = channel + groups < count ? channel + groups : channel;
+                const int next = (other - channel) * room.pooled_pitch;
+                A from_a = 0, from_b = 0, next_a = 0, next_b = 0;
+                int start = channel * room.pooled_pitch;
+                const Holders *held = holders;
+#pragma unroll 1
+                for (int k = 1; k < g.scales; ++k, held += g.h + g.w) {
+                    const int columns = g.columns(k);
+                    const Holders down = held[y], along = held[g.h + x];
+#pragma unroll 1
+                    for (int row = down.first; row < down.last; ++row)
+#pragma unroll 1
+                        for (int column = along.first; column < along.last; ++column) {
+                            const A *a = room.pooled_a + start + row * columns + column;
+                            const A *b = room.pooled_b + start + row * columns + column;
+                            from_a += a[0], from_b += b[0], next_a += a[next], next_b += b[next];
+                        }
+                    start += g.rows(k) * columns;
+                }
+                write(channel, from_a, from_b);
+                if (other != channel)
+                    write(other, next_a, next_b);
             }
-            const A *f = factors + 3 * q;
-            A &a = room.a[channel * pitch + q], &b = room.b[channel * pitch + q];
-            const A grad_a = f[0] * b - f[1] * a + from_a, grad_b = f[0] * a - f[2] * b + from_b;
-            a = grad_a, b = grad_b;
         }
         __syncthreads();
         if (m.grad_a.data)
-            store_tile<T, A>(m.grad_a, n, c, count, g.h, g.w, pitch, room.a);
+            store_tile(m.grad_a, n, c, count, g.h, g.w, room.pitch, room.a);
         if (m.grad_b.data)
-            store_tile<T, A>(m.grad_b, n, c, count, g.h, g.w, pitch, room.b);
+            store_tile(m.grad_b, n, c, count, g.h, g.w, room.pitch, room.b);
         __syncthreads();
     }
 }
@@ -362,18 +316,22 @@ __device__ void backward(const ConsensusMapArguments &m) {
 } // namespace
 } // namespace m3em
 
-#define M3EM_CONSENSUS_MAP(dtype, T, form, ...)                                                                        \
-    M3EM_KERNEL(consensus_map_partial_##dtype##_##form, m3em::MapThreads, m3em::MapBlocks,                             \
-                m3em::ConsensusMapArguments, m3em::partial<T, __VA_ARGS__>)                                            \
-    M3EM_KERNEL(consensus_map_finish_##dtype##_##form, m3em::MapThreads, m3em::MapBlocks, m3em::ConsensusMapArguments, \
-                m3em::finish<T, __VA_ARGS__>)                                                                          \
-    M3EM_KERNEL(consensus_map_backward_##dtype##_##form, m3em::MapThreads, m3em::MapBlocks,                            \
-                m3em::ConsensusMapArguments, m3em::backward<T, __VA_ARGS__>)
+#define M3EM_CONSENSUS_MAP(name, threads, blocks, ...)                                                                 \
+    M3EM_KERNEL(consensus_map_##name, threads, blocks, m3em::ConsensusMapArguments, __VA_ARGS__)
+#define M3EM_CONSENSUS_MAP_ANY(dtype, T)                                                                               \
+    M3EM_CONSENSUS_MAP(partial_##dtype##_any, m3em::MapThreads, sizeof(T) > 4 ? 3 : m3em::MapBlocks, m3em::partial<T>) \
+    M3EM_CONSENSUS_MAP(finish_##dtype##_any, m3em::MapThreads, m3em::MapBlocks, m3em::finish<T, m3em::MapThreads>)     \
+    M3EM_CONSENSUS_MAP(backward_##dtype##_any, m3em::MapThreads, sizeof(T) > 4 ? 2 : m3em::MapBackwardBlocks,          \
+                       m3em::backward<T>)
+#define M3EM_CONSENSUS_MAP_SEVEN(dtype, T)                                                                             \
+    M3EM_CONSENSUS_MAP(partial_##dtype##_7x7, m3em::SevenThreads, m3em::SevenForwardBlocks, m3em::partial_seven<T>)    \
+    M3EM_CONSENSUS_MAP(finish_##dtype##_7x7, m3em::FinishThreads, 16, m3em::finish<T, m3em::FinishThreads, 7, 7, 3>)   \
+    M3EM_CONSENSUS_MAP(backward_##dtype##_7x7, m3em::SevenThreads, m3em::SevenBackwardBlocks, m3em::backward_seven<T>)
 
-M3EM_CONSENSUS_MAP(f32, float, 7x7, 7, 7, 3)
-M3EM_CONSENSUS_MAP(f16, __half, 7x7, 7, 7, 3)
-M3EM_CONSENSUS_MAP(bf16, __nv_bfloat16, 7x7, 7, 7, 3)
-M3EM_CONSENSUS_MAP(f64, double, any, 0, 0, 0)
-M3EM_CONSENSUS_MAP(f32, float, any, 0, 0, 0)
-M3EM_CONSENSUS_MAP(f16, __half, any, 0, 0, 0)
-M3EM_CONSENSUS_MAP(bf16, __nv_bfloat16, any, 0, 0, 0)
+M3EM_CONSENSUS_MAP_ANY(f64, double)
+M3EM_CONSENSUS_MAP_ANY(f32, float)
+M3EM_CONSENSUS_MAP_ANY(f16, __half)
+M3EM_CONSENSUS_MAP_ANY(bf16, __nv_bfloat16)
+M3EM_CONSENSUS_MAP_SEVEN(f32, float)
+M3EM_CONSENSUS_MAP_SEVEN(f16, __half)
+M3EM_CONSENSUS_MAP_SEVEN(bf16, __nv_bfloat16)

@@ -20,7 +20,7 @@ ConsensusPoolArguments arguments_of(const ConsensusPool &given) {
 }
 
 ConsensusPoolPlan plan_of(ConsensusPoolArguments &m, Dtype dtype) {
-    return ConsensusPoolPlan(m, number_of(dtype), dtype != Dtype::f64);
+    return ConsensusPoolPlan(m, element_of(dtype), packed(m, element_of(dtype)));
 }
 
 enum Stage { forward, backward, finish };
@@ -29,25 +29,28 @@ void launch(Module &module, void *stream, Stage stage, Dtype dtype, const Consen
             const ConsensusPoolArguments &m) {
     constexpr const char *names[] = {"forward", "backward", "finish"};
     const long long shared[] = {plan.forward_bytes, plan.backward_bytes, 0};
-    const bool seven = plan.seven && stage != finish;
-    const int which = static_cast<int>(dtype), slot = (stage * 4 + which) * 2 + seven;
-    const KernelName name = {"consensus_pool", names[stage], DtypeNames[which], seven ? "7x7" : "any", slot};
-    const long long blocks = stage == finish ? m.n : (long long)m.n * m.chunks;
-    module.launch({name, blocks, PoolThreads, shared[stage], stream, &m});
+    const bool packs = m.walkers && stage != finish;
+    const int which = static_cast<int>(dtype), slot = (stage * 4 + which) * 2 + packs;
+    const KernelName name = {"consensus_pool", names[stage], DtypeNames[which], packs ? "packs" : "any", slot};
+    const long long chunks = (long long)m.n * m.chunks, numbers = (long long)m.n * m.h * m.w;
+    const long long blocks = stage == finish ? (numbers + PoolThreads - 1) / PoolThreads : chunks;
+    module.launch({name, blocks, packs ? PackThreads : PoolThreads, shared[stage], stream, &m});
 }
 
 } // namespace
 
 long long consensus_pool_workspace(Dtype dtype, const ConsensusPool &given) {
     ConsensusPoolArguments m = arguments_of(given);
-    return plan_of(m, dtype).workspace;
+    return ConsensusPoolPlan(m, element_of(dtype), false).workspace; // no form has more chunks than `any`
 }
 
 void consensus_pool_forward(Module &module, void *stream, const ConsensusPool &given) {
+    const Dtype dtype = given.x.dtype;
     ConsensusPoolArguments m = arguments_of(given);
-    m.out = matrix_of(given.out, given.x.dtype);
+    m.out = matrix_of(given.out, dtype);
     m.rows = in_rows(given.x, m.c, m.h, m.w);
-    launch(module, stream, forward, given.x.dtype, plan_of(m, given.x.dtype), m);
+    const ConsensusPoolPlan plan = plan_of(m, dtype);
+    launch(module, stream, forward, dtype, plan, m);
 }
 
 void consensus_pool_backward(Module &module, void *stream, const ConsensusPool &given, void *workspace) {
@@ -57,9 +60,10 @@ void consensus_pool_backward(Module &module, void *stream, const ConsensusPool &
     m.grad_x = map_of(given.grad_x);
     m.grad_cmap = plane_of(given.grad_cmap, dtype);
     m.partial = workspace;
+    Tensor x = given.x;
     if (!m.grad_cmap.data)
-        m.x.data = nullptr;
-    m.rows = (!m.x.data || in_rows(given.x, m.c, m.h, m.w)) && in_rows(given.grad_x, m.c, m.h, m.w);
+        m.x.data = x.data = nullptr;
+    m.rows = in_rows(x, m.c, m.h, m.w) && in_rows(given.grad_x, m.c, m.h, m.w);
     const ConsensusPoolPlan plan = plan_of(m, dtype);
     launch(module, stream, backward, dtype, plan, m);
     if (m.grad_cmap.data)

@@ -1,31 +1,23 @@
 // consensus_pool on a card: one read of x; backward, one write of its gradient, and a read of x only where the map's
 // gradient is wanted.
 //
-// A block takes a chunk of the channels of one sample. Where channels lie one after another it walks over them 16 bytes
-// at a time and leaves x times the weights in shared memory, where the sums are made; in any other memory,
-// channels_last above all, neighbouring threads take neighbouring channels. The map's gradient is a sum over all
-// channels: a second kernel adds the chunks in their order. Every sum has one order, by C, H, W and dtype.
-#include "cuda/consensus_pool.cuh"
-#include "cuda/slab.cuh"
+// A block takes a chunk of the channels of one sample. The form `packs` is for whole packs of 16 bytes, channel after
+// channel: its threads walk over them in steps of whole channels, so that a thread has the same positions in every
+// step. Their weights, and the sums of the map's gradient, stay in its registers, and shared memory gets one number, or
+// two, for a pack. The form `any` is for everything else: channels that lie one after another go through shared memory
+// number by number; in any other memory, channels_last above all, neighbouring threads take neighbouring channels. The
+// map's gradient is a sum over all channels: a second kernel adds the chunks in their order. Every sum has one order,
+// by C, H, W, dtype and form.
+#include "cuda/pool_packs.cuh"
 
 namespace m3em {
 namespace {
 
-// 1 + cmap at a position.
-template <class T, class A>
-__device__ inline A weight_at(const ConsensusPoolArguments &m, long long n, int q) {
-    if (!m.cmap.data)
-        return A(1);
-    const int row = q / m.w, column = q - row * m.w;
-    const long long *s = m.cmap.stride;
-    return A(1) + read<T, A>(m.cmap.data, n * s[0] + row * s[1] + column * s[2], m.cmap.wide);
-}
-
-template <class T, int P0>
+template <class T>
 __device__ void forward(const ConsensusPoolArguments &m) {
     using A = typename acc_of<T>::type;
     M3EM_SHARED(memory);
-    const int p = P0 ? P0 : m.h * m.w, pitch = odd(m.segment), tid = threadIdx.x;
+    const int p = m.h * m.w, pitch = odd(m.segment), tid = threadIdx.x;
     const Part part(m.chunk, m.chunks, m.c);
     const T *x = sample_of<const T>(m.x, part.n, part.c0);
     const auto write_mean = [&](int c, A sum) {
@@ -113,19 +105,16 @@ __device__ void backward_tile(const ConsensusPoolArguments &m, const Part &part,
     });
 }
 
-template <class T, int P0>
+template <class T>
 __device__ void backward(const ConsensusPoolArguments &m) {
     using A = typename acc_of<T>::type;
     M3EM_SHARED(memory);
-    const int p = P0 ? P0 : m.h * m.w, pitch = odd(m.segment), tid = threadIdx.x;
+    const int p = m.h * m.w, pitch = odd(m.segment), tid = threadIdx.x;
     const Part part(m.chunk, m.chunks, m.c);
     A *go = reinterpret_cast<A *>(memory), *weights = go + m.chunk, *sums = weights + m.segment;
     const int groups = PoolThreads / m.segment > 1 ? PoolThreads / m.segment : 1;
     A *products = sums + groups * m.segment;
-    for (int c = tid; c < part.count; c += PoolThreads)
-        go[c] = read<T, A>(m.grad_out.data, part.n * m.grad_out.stride[0] + (part.c0 + c) * m.grad_out.stride[1],
-                           m.grad_out.wide) /
-                A(p);
+    load_grad_out<T>(m, part, p, PoolThreads, go);
     A *partial = static_cast<A *>(m.partial) + (long long)blockIdx.x * p;
     if (!m.rows) {
         __syncthreads();
@@ -193,43 +182,41 @@ __device__ void backward(const ConsensusPoolArguments &m) {
     }
 }
 
-// The map's gradient: the chunks of one sample in their order.
+// The map's gradient: the chunks of a sample in their order.
 template <class T>
 __device__ void finish(const ConsensusPoolArguments &m) {
     using A = typename acc_of<T>::type;
-    const int p = m.h * m.w;
-    const long long n = blockIdx.x;
-    const A *from = static_cast<const A *>(m.partial) + n * m.chunks * p;
-#pragma unroll 1
-    for (int q = threadIdx.x; q < p; q += PoolThreads) {
-        A sum = from[q];
-#pragma unroll 1
-        for (int i = 1; i < m.chunks; ++i)
-            sum += from[(long long)i * p + q];
-        write<T, A>(m.grad_cmap.data, n * p + q, m.grad_cmap.wide, sum);
-    }
+    const long long p = (long long)m.h * m.w, i = blockIdx.x * (long long)PoolThreads + threadIdx.x;
+    if (i >= m.n * p)
+        return;
+    const A *from = static_cast<const A *>(m.partial) + i + i / p * (m.chunks - 1) * p;
+    A sum = from[0];
+#pragma unroll 4
+    for (int k = 1; k < m.chunks; ++k)
+        sum += from[k * p];
+    write<T, A>(m.grad_cmap.data, i, m.grad_cmap.wide, sum);
 }
 
 } // namespace
 } // namespace m3em
 
-#define M3EM_CONSENSUS_POOL(dtype, T, form, P0)                                                                        \
-    M3EM_KERNEL(consensus_pool_forward_##dtype##_##form, m3em::PoolThreads, m3em::PoolBlocks,                          \
-                m3em::ConsensusPoolArguments, m3em::forward<T, P0>)                                                    \
-    M3EM_KERNEL(consensus_pool_backward_##dtype##_##form, m3em::PoolThreads, m3em::PoolBlocks,                         \
-                m3em::ConsensusPoolArguments, m3em::backward<T, P0>)
-#define M3EM_CONSENSUS_POOL_FINISH(dtype, T)                                                                           \
+#define M3EM_CONSENSUS_POOL_PACKS(dtype, T)                                                                            \
+    M3EM_KERNEL(consensus_pool_forward_##dtype##_packs, m3em::PackThreads, m3em::PackBlocks,                           \
+                m3em::ConsensusPoolArguments, m3em::forward_packs<T>)                                                  \
+    M3EM_KERNEL(consensus_pool_backward_##dtype##_packs, m3em::PackThreads, m3em::PackBlocks,                          \
+                m3em::ConsensusPoolArguments, m3em::backward_packs<T>)
+#define M3EM_CONSENSUS_POOL(dtype, T)                                                                                  \
+    M3EM_KERNEL(consensus_pool_forward_##dtype##_any, m3em::PoolThreads, m3em::PoolBlocks,                             \
+                m3em::ConsensusPoolArguments, m3em::forward<T>)                                                        \
+    M3EM_KERNEL(consensus_pool_backward_##dtype##_any, m3em::PoolThreads, m3em::PoolBlocks,                            \
+                m3em::ConsensusPoolArguments, m3em::backward<T>)                                                       \
     M3EM_KERNEL(consensus_pool_finish_##dtype##_any, m3em::PoolThreads, 1, m3em::ConsensusPoolArguments,               \
                 m3em::finish<T>)
 
-M3EM_CONSENSUS_POOL(f32, float, 7x7, 49)
-M3EM_CONSENSUS_POOL(f16, __half, 7x7, 49)
-M3EM_CONSENSUS_POOL(bf16, __nv_bfloat16, 7x7, 49)
-M3EM_CONSENSUS_POOL(f64, double, any, 0)
-M3EM_CONSENSUS_POOL(f32, float, any, 0)
-M3EM_CONSENSUS_POOL(f16, __half, any, 0)
-M3EM_CONSENSUS_POOL(bf16, __nv_bfloat16, any, 0)
-M3EM_CONSENSUS_POOL_FINISH(f64, double)
-M3EM_CONSENSUS_POOL_FINISH(f32, float)
-M3EM_CONSENSUS_POOL_FINISH(f16, __half)
-M3EM_CONSENSUS_POOL_FINISH(bf16, __nv_bfloat16)
+M3EM_CONSENSUS_POOL_PACKS(f32, float)
+M3EM_CONSENSUS_POOL_PACKS(f16, __half)
+M3EM_CONSENSUS_POOL_PACKS(bf16, __nv_bfloat16)
+M3EM_CONSENSUS_POOL(f64, double)
+M3EM_CONSENSUS_POOL(f32, float)
+M3EM_CONSENSUS_POOL(f16, __half)
+M3EM_CONSENSUS_POOL(bf16, __nv_bfloat16)

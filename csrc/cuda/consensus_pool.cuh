@@ -8,6 +8,10 @@ namespace {
 
 constexpr int PoolThreads = 256, PoolBlocks = 4;
 
+// The form `packs`. 196 of 224 threads, 4 times 49, meet whole channels at 7x7 and at 14x14 in a step, and each of
+// their steps begins at a multiple of 64 bytes. In the forward a thread waits for PacksAhead packs at a time.
+constexpr int PackThreads = 224, PackBlocks = 5, PacksAhead = 4;
+
 // A tensor in the type of x or, `wide`, in the accumulation type.
 struct Beside {
     void *data;
@@ -29,7 +33,21 @@ struct ConsensusPoolArguments {
     int tile;    // channels in shared memory at a time,
     int segment; // and positions; all of them where there is more than one channel
     int rows;    // all maps hold the numbers of a sample one after another, channel by channel
+
+    // The form `packs`.
+    int walkers;      // threads that walk, see walkers(); 0 in the form `any`
+    int channels;     // of a step
+    int share;        // forward: slots, one for each of a channel's packs, that a thread adds, and
+    int spread;       // how many threads add those of a channel: 2 to this power
+    int groups;       // backward: threads that add for one position of the map's gradient
+    unsigned inverse; // of h * w, see quotient()
 };
+
+// i / d for small numbers, without a division: i * d below 2^32.
+__host__ __device__ constexpr unsigned inverse_of(int d) { return unsigned((1ull << 32) / d + 1); }
+__host__ __device__ constexpr int quotient(unsigned i, unsigned inverse) {
+    return int((unsigned long long)i * inverse >> 32);
+}
 
 } // namespace
 } // namespace m3em

@@ -28,8 +28,7 @@ struct Geometry {
             ++k;
         return k;
     }
-    __device__ int pooled_pitch() const { return odd(cells - positions); }
-    __device__ int pitch() const { return odd(positions); }
+    __device__ int pooled() const { return cells - positions; }
 };
 
 // torch's windows of adaptive pooling: cell i of `size` holds positions [start, stop) of `length`.
@@ -38,6 +37,26 @@ __device__ inline int window_stop(int i, int length, int size) { return ((i + 1)
 // And the other way: the cells [first, last) that hold a position.
 __device__ inline int holder_first(int p, int length, int size) { return p * size / length; }
 __device__ inline int holder_last(int p, int length, int size) { return ((p + 1) * size + length - 1) / length; }
+
+// The positions that a cell pools: so many rows and columns from one position on.
+struct __align__(8) Window {
+    unsigned start;
+    unsigned short rows, columns;
+    Window() = default;
+    template <class G>
+    __device__ Window(const G &g, int cell) {
+        const int k = g.scale_of(cell), down = g.rows(k), along = g.columns(k), at = cell - g.first(k);
+        const int i = at / along, j = at - i * along, y = window_start(i, g.h, down), x = window_start(j, g.w, along);
+        start = y * g.w + x;
+        rows = window_stop(i, g.h, down) - y, columns = window_stop(j, g.w, along) - x;
+    }
+    __device__ int size() const { return rows * columns; }
+};
+
+// The cells first .. last of a scale, along one side, that hold a position.
+struct __align__(4) Holders {
+    unsigned short first, last;
+};
 
 // The two cells that linear upsampling reads for a position, and the share of the second, from whole numbers.
 template <class A>

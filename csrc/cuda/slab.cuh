@@ -52,6 +52,19 @@ __device__ void for_slab(int count, int positions, bool packs_fit, const Body &b
     }
 }
 
+// A walk over a slab of whole packs by `active` threads, see walkers(): a thread starts at its place and goes on by
+// `channels` whole channels a step.
+template <class T>
+struct Walk {
+    static constexpr int Wide = 16 / sizeof(T);
+    int channels;
+    Place place;
+    __device__ Walk(int active, int positions) : channels(active * Wide / positions) {
+        const int i = threadIdx.x * Wide;
+        place.c = i / positions, place.q = i - place.c * positions, place.left = positions - place.q;
+    }
+};
+
 // The sum over a warp, the same for all of its lanes, in one order.
 template <class A>
 __device__ inline A warp_sum(A x) {

@@ -103,6 +103,12 @@ inline void take_over(char &) {}
 
 struct Block;
 
+struct Copy {
+    void *to;
+    const void *from;
+    size_t bytes;
+};
+
 struct Lane {
     Index index;
     Block *block;
@@ -111,6 +117,7 @@ struct Lane {
     unsigned mask;
     int source; // lane that it reads, or Votes
     uint64_t value, result;
+    std::vector<Copy> copies; // not waited for yet
     char left, came; // stand for what a thread has done before it waits, and for what it may rely on afterwards
     unsigned number() const { return index.x % Lanes; }
     unsigned warp() const { return index.x / Lanes; }

@@ -195,6 +195,9 @@ uint64_t meet(const Place &place, unsigned mask, uint64_t value, int source) {
 void leave(Lane &lane) {
     const Unseen unseen;
     Block &block = *lane.block;
+    if (!lane.copies.empty())
+        fail(block, "thread %u of block %u leaves the kernel with copies that it has not waited for", lane.index.x,
+             block.index.x);
     const Lane *wrong = nullptr;
     {
         Lock lock(block.warps[lane.warp()]);
@@ -299,6 +302,20 @@ void barrier(const Place &place) {
     take_over(lane.came);
 }
 
+void copy_later(void *to, const void *from, size_t bytes) {
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes)
+        fail(*now->block, "thread %u of block %u copies %d bytes between addresses that are no multiples of it",
+             now->index.x, now->block->index.x, int(bytes));
+    std::memset(to, 0xff, bytes);
+    now->copies.push_back({to, from, bytes});
+}
+
+void await_copies() {
+    for (const Copy &copy : now->copies)
+        std::memcpy(copy.to, copy.from, copy.bytes);
+    now->copies.clear();
+}
+
 void warp_barrier(const Place &place, unsigned mask) { meet(place, mask, 0, Orders); }
 
 unsigned vote(const Place &place, unsigned mask, bool predicate) {
@@ -343,6 +360,7 @@ const char *launch(void (*kernel)(const void *), const void *arguments, int64_t 
             lane.index = {unsigned(i), 0, 0};
             lane.block = &block;
             lane.done = lane.in_warp = lane.at_barrier = false;
+            lane.copies.clear();
         }
         run_block(block);
     }

@@ -5,7 +5,7 @@
 // M3EM_SIMT_THREADS defined it is a thread of the host, for ThreadSanitizer. What no card forgives is an error here, in
 // one sentence with file and line: a barrier that not all threads of a block reach, or reach at different places; lanes
 // that wait for lanes which do not come, or which come with another mask or from another place; a shuffle that reads a
-// lane that has left the kernel or that its mask does not name.
+// lane that has left the kernel or that its mask does not name; a thread that leaves with copies it has not waited for.
 //
 // What this net does not catch:
 //  - races between blocks, which run one after another, and between kernels;
@@ -13,12 +13,14 @@
 //    line are told apart, two calls of one barrier are not);
 //  - with fibers, a race between two threads whose order makes no difference to the result, because a fiber runs
 //    undisturbed from one point of waiting to the next; ThreadSanitizer is there for those;
-//  - out of bounds inside one allocation, alignment, registers, occupancy, bank conflicts, and whatever a card's own
-//    arithmetic does differently (contraction to fma, denormal numbers, __expf and its like).
+//  - out of bounds inside one allocation, alignment (but that of copies that are waited for later), registers,
+//    occupancy, bank conflicts, and whatever a card's own arithmetic does differently (contraction to fma, denormal
+//    numbers, __expf and its like).
 // It is stricter than a card from Volta on where a thread leaves before the others come to a barrier.
 #pragma once
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -65,6 +67,10 @@ unsigned char *shared();
 void barrier(const Place &place);
 void warp_barrier(const Place &place, unsigned mask = 0xffffffffu);
 unsigned vote(const Place &place, unsigned mask, bool predicate);
+// A copy that is made when this thread waits for its copies, and not before. A card may write at any time between, so
+// until then its place is full of NaN, whatever was there.
+void copy_later(void *to, const void *from, size_t bytes);
+void await_copies();
 uint64_t shuffle_bits(const Place &place, Way way, unsigned mask, uint64_t bits, int other, int width);
 
 template <class T>

@@ -12,13 +12,17 @@ struct Shape {
     const char *name;
     long long n, c, h, w;
     int gates;
-    bool general; // the kernels for every shape, even where there is a special one
+    bool general; // the kernels for every shape, even where those for packs serve it
     Layout layout;
     bool only_last; // a gradient of one gate alone
 };
-// Packs of numbers of two channels and where there are none, tiles, chunks, segments of one channel, one position.
+// Packs of numbers of two channels and where there are none, walks of several steps and chunks, sums of a channel by
+// several threads, tiles, segments of one channel, one position.
 const Shape shapes[] = {
     {"7x7", 2, 24, 7, 7, 2, false, Layout::contiguous, false},
+    {"7x7, several chunks", 1, 200, 7, 7, 2, false, Layout::contiguous, false},
+    {"14x14", 1, 44, 14, 14, 5, false, Layout::contiguous, true},
+    {"16x16, whole packs", 1, 3, 16, 16, 1, false, Layout::contiguous, false},
     {"7x7, kernels for every shape", 1, 40, 7, 7, 3, true, Layout::contiguous, true},
     {"7x7 channels_last", 1, 33, 7, 7, 2, false, Layout::channels_last, false},
     {"5x3", 1, 7, 5, 3, 1, false, Layout::contiguous, false},
@@ -36,8 +40,10 @@ template <class T, void (*stage)(const m3em::ChannelGateArguments &)>
 void enter(const void *given) {
     stage(*static_cast<const m3em::ChannelGateArguments *>(given));
 }
-template <class T, int P0>
-constexpr void (*stages[])(const void *) = {enter<T, m3em::forward<T, P0>>, enter<T, m3em::backward<T, P0>>};
+template <class T>
+constexpr void (*any[])(const void *) = {enter<T, m3em::forward<T>>, enter<T, m3em::backward<T>>};
+template <class T>
+constexpr void (*packs[])(const void *) = {enter<T, m3em::forward_packs<T>>, enter<T, m3em::backward_packs<T>>};
 
 // `O` is the type of the result, of its gradient and of the gates.
 template <class T, class O = T>
@@ -67,8 +73,8 @@ Finding run(const Shape &s, simt::Order order) {
         if (!s.only_last || g == s.gates - 1)
             m.grads[g] = {&grad_gates.at(0, g * s.c, 0, 0), {grad_gates.stride[0], grad_gates.stride[1]}, m.wide};
     }
-    const m3em::ChannelGatePlan plan(m, 4, true);
-    const auto *const entries = plan.seven && !s.general ? stages<T, 49> : stages<T, 0>;
+    const m3em::ChannelGatePlan plan(m, sizeof(T), !s.general && m3em::packed(m, sizeof(T)));
+    const auto *const entries = m.active ? packs<T> : any<T>;
     const long long shared[] = {plan.forward_bytes, plan.backward_bytes};
     for (int stage = 0; stage < 2; ++stage)
         if (const char *error =
@@ -106,7 +112,7 @@ void run_all(const Check &check) {
         check(std::string("float32 ") + s.name, [&](simt::Order order) { return run<float>(s, order); });
         check(std::string("float16 ") + s.name, [&](simt::Order order) { return run<__half>(s, order); });
     }
-    check("float16 to float32", [](simt::Order order) { return run<__half, float>(shapes[3], order); });
+    check("float16 to float32", [](simt::Order order) { return run<__half, float>(shapes[6], order); });
 }
 
 const Op op = {"channel_gate", run_all};

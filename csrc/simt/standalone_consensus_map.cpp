@@ -12,19 +12,27 @@ struct Shape {
     const char *name;
     long long n, d, h, w;
     int scales;
-    bool center, general; // the kernels for every shape, even where there are special ones
+    bool center;
     Layout layout;
     bool only_a; // a gradient of one map alone
 };
 // Two chunks of channels, full tiles and parts of one, more cells than threads, one position.
 const Shape shapes[] = {
-    {"7x7", 1, 70, 7, 7, 3, false, false, Layout::contiguous, false},
-    {"7x7, kernels for every shape", 2, 5, 7, 7, 3, false, true, Layout::contiguous, false},
-    {"7x7 center channels_last", 1, 66, 7, 7, 3, true, false, Layout::channels_last, false},
-    {"5x3 center", 2, 33, 5, 3, 3, true, false, Layout::contiguous, true},
-    {"7x8 sliced", 1, 6, 7, 8, 4, false, false, Layout::sliced, false},
-    {"17x16 channels_last", 1, 3, 17, 16, 3, false, false, Layout::channels_last, false},
-    {"1x1", 1, 9, 1, 1, 1, false, false, Layout::contiguous, false},
+    {"7x7", 1, 70, 7, 7, 3, false, Layout::contiguous, false},
+    {"7x7 center channels_last", 1, 66, 7, 7, 3, true, Layout::channels_last, false},
+    {"5x3 center", 2, 33, 5, 3, 3, true, Layout::contiguous, true},
+    {"7x8 sliced", 1, 6, 7, 8, 4, false, Layout::sliced, false},
+    {"17x16 channels_last", 1, 3, 17, 16, 3, false, Layout::channels_last, false},
+    {"14x14", 1, 72, 14, 14, 3, false, Layout::contiguous, false},
+    {"8x8 center", 1, 40, 8, 8, 4, true, Layout::contiguous, false},
+    {"1x1", 1, 9, 1, 1, 1, false, Layout::contiguous, false},
+};
+// For the kernels for 7x7: a step or half of one, a part of a tile in two samples, and in each of four chunks a part of
+// a tile behind full ones.
+const Shape sevens[] = {
+    {"few", 1, 8, 7, 7, 3, false, Layout::contiguous, false},
+    {"part of a tile", 2, 40, 7, 7, 3, false, Layout::contiguous, true},
+    {"several tiles", 1, 520, 7, 7, 3, false, Layout::contiguous, false},
 };
 
 // The definition: maps of shape (N,D,H,W), one after the other, and the gradients by them.
@@ -95,19 +103,38 @@ m3em::Map map_of(Tensor<T> &t) {
     return {t.buffer.data(), {t.stride[0], t.stride[1], t.stride[2], t.stride[3]}};
 }
 
-using Entry = void (*)(const void *);
-template <class T, int H0, int W0, int S0, void (*stage)(const m3em::ConsensusMapArguments &)>
+struct Stage {
+    void (*entry)(const void *);
+    int threads;
+};
+template <void (*kernel)(const m3em::ConsensusMapArguments)>
 void enter(const void *given) {
-    stage(*static_cast<const m3em::ConsensusMapArguments *>(given));
+    kernel(*static_cast<const m3em::ConsensusMapArguments *>(given));
 }
-template <class T, int H0, int W0, int S0>
-constexpr Entry stages[] = {enter<T, H0, W0, S0, m3em::partial<T, H0, W0, S0>>,
-                            enter<T, H0, W0, S0, m3em::finish<T, H0, W0, S0>>,
-                            enter<T, H0, W0, S0, m3em::backward<T, H0, W0, S0>>};
+
+// The kernels for maps of one dtype: every shape, and 7x7.
+template <class T>
+struct Kernels;
+#define KERNELS(T, dtype)                                                                                              \
+    template <>                                                                                                        \
+    struct Kernels<T> {                                                                                                \
+        static constexpr Stage any[] = {                                                                               \
+            {enter<consensus_map_partial_##dtype##_any>, m3em::MapThreads},                                            \
+            {enter<consensus_map_finish_##dtype##_any>, m3em::MapThreads},                                             \
+            {enter<consensus_map_backward_##dtype##_any>, m3em::MapThreads},                                           \
+        };                                                                                                             \
+        static constexpr Stage seven[] = {                                                                             \
+            {enter<consensus_map_partial_##dtype##_7x7>, m3em::SevenThreads},                                          \
+            {enter<consensus_map_finish_##dtype##_7x7>, m3em::FinishThreads},                                          \
+            {enter<consensus_map_backward_##dtype##_7x7>, m3em::SevenThreads},                                         \
+        };                                                                                                             \
+    };
+KERNELS(float, f32)
+KERNELS(__half, f16)
 
 // `O` is the type of the result and of its gradient.
 template <class T, class O = T>
-Finding run(const Shape &s, simt::Order order) {
+Finding run(const Shape &s, bool seven, simt::Order order) {
     Tensor<T> a(s.n, s.d, s.h, s.w, s.layout), b(s.n, s.d, s.h, s.w, s.layout);
     Tensor<O> out(s.n, 1, s.h, s.w, Layout::contiguous), grad_out(s.n, 1, s.h, s.w, s.layout);
     // Gradients have the layout of the maps without the gaps.
@@ -127,14 +154,17 @@ Finding run(const Shape &s, simt::Order order) {
     m.grad_a = map_of(grad_a), m.grad_b = s.only_a ? m3em::Map{} : map_of(grad_b);
     m.eps = 1e-8, m.center = s.center, m.scales = s.scales, m.wide = sizeof(O) != sizeof(T);
     m.n = int(s.n), m.d = int(s.d), m.h = int(s.h), m.w = int(s.w);
-    const m3em::ConsensusMapPlan plan(m, 4, true);
+    if (seven && !m3em::ConsensusMapPlan::seven_fits(m, sizeof(T)))
+        return "there are no kernels for it";
+    const m3em::ConsensusMapPlan plan(m, sizeof(T), seven);
     Buffer<float> partial(size_t(plan.workspace)), stats(size_t(s.n * plan.stats));
     m.partial = partial.data(), m.stats = stats.data();
-    const Entry *const entries = plan.seven && !s.general ? stages<T, 7, 7, 3> : stages<T, 0, 0, 0>;
+    const Stage *const stages = seven ? Kernels<T>::seven : Kernels<T>::any;
     const long long chunks = s.n * m.chunks, blocks[] = {chunks, s.n, chunks};
     const long long shared[] = {plan.partial_bytes, plan.finish_bytes, plan.backward_bytes};
     for (int stage = 0; stage < 3; ++stage)
-        if (const char *error = simt::launch(entries[stage], &m, blocks[stage], m3em::MapThreads, shared[stage], order))
+        if (const char *error =
+                simt::launch(stages[stage].entry, &m, blocks[stage], stages[stage].threads, shared[stage], order))
             return error;
     const std::vector<double> of_a = numbers(a), of_b = numbers(b), of_grad = numbers(grad_out);
     const Definition wanted(s, of_a, of_b, of_grad);
@@ -148,11 +178,16 @@ Finding run(const Shape &s, simt::Order order) {
 }
 
 void run_all(const Check &check) {
-    for (const Shape &s : shapes) {
-        check(std::string("float32 ") + s.name, [&](simt::Order order) { return run<float>(s, order); });
-        check(std::string("float16 ") + s.name, [&](simt::Order order) { return run<__half>(s, order); });
-    }
-    check("float16 to float32", [](simt::Order order) { return run<__half, float>(shapes[1], order); });
+    const auto both = [&](const Shape &s, bool seven, const std::string &kernels) {
+        check("float32 " + kernels + s.name, [&](simt::Order order) { return run<float>(s, seven, order); });
+        check("float16 " + kernels + s.name, [&](simt::Order order) { return run<__half>(s, seven, order); });
+    };
+    for (const Shape &s : shapes)
+        both(s, false, "");
+    for (const Shape &s : sevens)
+        both(s, true, "seven ");
+    check("float16 to float32", [](simt::Order order) { return run<__half, float>(shapes[3], false, order); });
+    check("float16 seven to float32", [](simt::Order order) { return run<__half, float>(sevens[0], true, order); });
 }
 
 const Op op = {"consensus_map", run_all};

@@ -11,16 +11,20 @@ using namespace standalone;
 struct Shape {
     const char *name;
     long long n, c, h, w;
-    bool map, general; // with a map; the kernels for every shape, even where there is a special one
+    bool map, general; // with a map; the form `any`, even where `packs` would serve
     Layout layout;
     bool only_map; // no gradient of x
 };
-// Packs of numbers of two channels and what is left of them, tiles, chunks, segments of one channel, one position.
+// Packs of numbers of two channels and what is left of them, rounds of steps and parts of one, tiles, chunks, segments
+// of one channel, one position.
 const Shape shapes[] = {
-    {"7x7", 2, 19, 7, 7, true, false, Layout::contiguous, false},
-    {"7x7, two chunks", 1, 70, 7, 7, true, true, Layout::contiguous, true},
+    {"7x7", 2, 24, 7, 7, true, false, Layout::contiguous, false},
+    {"7x7, two chunks", 1, 360, 7, 7, true, false, Layout::contiguous, false},
+    {"7x7, two chunks, any", 1, 360, 7, 7, true, true, Layout::contiguous, true},
     {"7x7 without a map", 1, 4, 7, 7, false, false, Layout::contiguous, false},
     {"7x7 channels_last", 1, 34, 7, 7, true, false, Layout::channels_last, false},
+    {"16x16, tiles", 1, 72, 16, 16, true, false, Layout::contiguous, true},
+    {"3x3 without a map", 2, 16, 3, 3, false, false, Layout::contiguous, false},
     {"5x3", 1, 6, 5, 3, true, false, Layout::contiguous, false},
     {"5x3 sliced", 1, 5, 5, 3, true, false, Layout::sliced, false},
     {"59x73, parts of a channel", 1, 2, 59, 73, true, false, Layout::contiguous, false},
@@ -36,9 +40,12 @@ template <class T, void (*stage)(const m3em::ConsensusPoolArguments &)>
 void enter(const void *given) {
     stage(*static_cast<const m3em::ConsensusPoolArguments *>(given));
 }
-template <class T, int P0>
-constexpr void (*stages[])(const void *) = {enter<T, m3em::forward<T, P0>>, enter<T, m3em::backward<T, P0>>,
-                                            enter<T, m3em::finish<T>>};
+template <class T>
+constexpr void (*any[])(const void *) = {enter<T, m3em::forward<T>>, enter<T, m3em::backward<T>>,
+                                         enter<T, m3em::finish<T>>};
+template <class T>
+constexpr void (*packs[])(const void *) = {enter<T, m3em::forward_packs<T>>, enter<T, m3em::backward_packs<T>>,
+                                           enter<T, m3em::finish<T>>};
 
 // `O` is the type of the map, of the result and of their gradients.
 template <class T, class O = T>
@@ -70,17 +77,18 @@ Finding run(const Shape &s, simt::Order order) {
         m.grad_x = map_of(grad_x);
     m.n = int(s.n), m.c = int(s.c), m.h = int(s.h), m.w = int(s.w);
     m.rows = s.layout == Layout::contiguous;
-    const m3em::ConsensusPoolPlan plan(m, 4, true);
+    const m3em::ConsensusPoolPlan plan(m, sizeof(T), !s.general && m3em::packed(m, sizeof(T)));
     Buffer<float> partial(size_t(s.n * plan.workspace));
     m.partial = partial.data();
-    const auto *const entries = plan.seven && !s.general ? stages<T, 49> : stages<T, 0>;
-    const long long chunks = s.n * m.chunks, blocks[] = {chunks, chunks, s.n};
+    const auto *const entries = m.walkers ? packs<T> : any<T>;
+    const int threads = m.walkers ? m3em::PackThreads : m3em::PoolThreads;
+    const long long chunks = s.n * m.chunks, blocks[] = {chunks, chunks, (s.n * p - 1) / m3em::PoolThreads + 1};
     const long long shared[] = {plan.forward_bytes, plan.backward_bytes, 0};
     for (int stage = 0; stage < (s.map ? 3 : 2); ++stage) {
         if (stage == 1 && !s.map)
             m.x.data = nullptr; // x is read for the map's gradient alone
-        if (const char *error =
-                simt::launch(entries[stage], &m, blocks[stage], m3em::PoolThreads, shared[stage], order))
+        if (const char *error = simt::launch(entries[stage], &m, blocks[stage], stage < 2 ? threads : m3em::PoolThreads,
+                                             shared[stage], order))
             return error;
     }
     // The definition, in the order N, C, H, W.
@@ -108,7 +116,7 @@ void run_all(const Check &check) {
         check(std::string("float32 ") + s.name, [&](simt::Order order) { return run<float>(s, order); });
         check(std::string("float16 ") + s.name, [&](simt::Order order) { return run<__half>(s, order); });
     }
-    check("float16 to float32", [](simt::Order order) { return run<__half, float>(shapes[4], order); });
+    check("float16 to float32", [](simt::Order order) { return run<__half, float>(shapes[0], order); });
 }
 
 const Op op = {"consensus_pool", run_all};

@@ -47,12 +47,15 @@ class BatchReader:
     ) -> None:
         self.stores, self.modalities, self.frames = list(stores), list(modalities), frames
         self.pin_memory = pin_memory and torch.cuda.is_available()
+        #: Whether bytes are made float16 on the way, which is worth a second thread (docs/performance.md).
+        self.widens = False
         self._shapes: dict[str, tuple[int, ...]] = {}
         for store in self.stores:
             for name in self.modalities:
                 if name not in store.modalities:
                     raise ValueError(f"{store.path} has no modality {name!r}.")
                 shape = store.modalities[name].shape[1:]
+                self.widens |= store.modalities[name].dtype == "uint8"
                 if self._shapes.setdefault(name, shape) != shape:
                     raise ValueError(
                         f"{store.path} has {name} in {shape} a frame, {self.stores[0].path} in {self._shapes[name]}."
