@@ -31,7 +31,7 @@ TESTS ?=
 BENCH ?=
 
 .NOTPARALLEL:
-.PHONY: help train epic-dry-run test test-oldest bench gpu cuda-report triton-report lint format build wheel clean
+.PHONY: help train epic-dry-run test test-oldest bench gpu cuda-report cuda-work triton-report lint format build wheel clean
 
 help:
 	@echo "make train    train M3EM and its baselines on the digits benchmark, and M3EM once more without the kernels, for its"
@@ -44,6 +44,7 @@ help:
 	@echo "make gpu      on a machine with an NVIDIA card, in $(PY) as it is: tests, compute-sanitizer and the benchmark of"
 	@echo "              every op and M3EM on the card; at most 8 minutes, no network (OUT=folder of the records, else bench/results)"
 	@echo "make cuda-report  docs/cuda-resources.md: registers, shared memory, spills and occupancy of every CUDA kernel"
+	@echo "make cuda-work    docs/cuda-work.md: instructions, bank conflicts, sectors and waits of every CUDA kernel, without a card"
 	@echo "make triton-report  docs/triton-resources.md: the same of the Triton kernels, compiled without a card"
 	@echo "make lint     ruff, mypy and clang-format, changing nothing"
 	@echo "make format   let ruff and clang-format rewrite what they can"
@@ -109,6 +110,9 @@ gpu:
 
 cuda-report: $(VENV)/.dev build
 	$(BIN)/python -m bench.cuda_report
+
+cuda-work: $(VENV)/.dev build
+	$(BIN)/python -m bench.cuda_work --write
 
 triton-report: $(VENV)/.dev build
 	$(BIN)/python -m bench.triton_report
