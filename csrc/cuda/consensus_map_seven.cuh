@@ -129,7 +129,7 @@ __device__ void partial_seven(const ConsensusMapArguments &m) {
         });
         __syncthreads();
         // The rows of both maps follow each other. Pooled values take the place of the row that only their thread
-        // reads.
+        // reads; __syncwarp is for the compiler, which may take numbers of another type for other memory.
         const bool there = tid % SevenForwardRows < rows;
         T *const row = tile_a + tid * S::RowNumbers;
         float cells[S::Channels][SevenPooled];
@@ -267,6 +267,7 @@ template <class T>
 __device__ void backward_seven(const ConsensusMapArguments &m) {
     using S = Seven<T>;
     constexpr int Rows = SevenBackwardRows, Tile = Rows * S::Channels;
+    static_assert(2 * Rows % 32 == 0, "whole warps pool");
     constexpr int Spread = SevenWays * SevenWays, Pitch = seven_pitch(S::Channels);
     M3EM_SHARED(memory);
     T *const tile_a = reinterpret_cast<T *>(memory);
