@@ -10,6 +10,7 @@ memory on compute capability 7.0.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -113,27 +114,39 @@ def calls(modules: dict[str, ModuleType], dtype: str, height: int, width: int) -
     return found
 
 
-def measure(capabilities: Sequence[int] = CAPABILITIES) -> list[Compiled]:
-    """Compiles every kernel. Changes the modules of the kernels for good: for a process of its own."""
+def kernels() -> dict[str, ModuleType]:
+    """The modules of the kernels by op, not interpreted."""
     os.environ.pop("TRITON_INTERPRET", None)
     try:
-        from triton.runtime import driver
+        importlib.import_module("triton.runtime")
     except ImportError as error:
         raise Broken(f"Triton cannot be imported ({error}); the extra m3em_fast[triton] brings it.") from None
-    import importlib
-
     from m3em_fast.triton import _launch
 
     if _launch.INTERPRETED:
         raise Broken("Triton has been imported with TRITON_INTERPRET=1, and then it compiles nothing.")
     folder = ROOT / "m3em_fast/triton"
     names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
-    modules = {name: importlib.import_module(f"m3em_fast.triton.{name}") for name in names}
+    return {name: importlib.import_module(f"m3em_fast.triton.{name}") for name in names}
+
+
+def compile_for(capability: int, modules: dict[str, ModuleType]) -> None:
+    """Have Triton compile for a capability from now on, and the modules choose their blocks for it."""
+    from triton.runtime import driver
+
+    from m3em_fast.triton import _launch
+
+    driver.set_active(Target(capability))
+    for module in (_launch, *modules.values()):
+        module.capability_of = lambda x, own=capability: own  # type: ignore[attr-defined]
+
+
+def measure(capabilities: Sequence[int] = CAPABILITIES) -> list[Compiled]:
+    """Compiles every kernel. Changes the modules of the kernels for good: for a process of its own."""
+    modules = kernels()
     compiled: dict[tuple[str, int], Compiled] = {}
     for capability in capabilities:
-        driver.set_active(Target(capability))
-        for module in (_launch, *modules.values()):
-            module.capability_of = lambda x, own=capability: own  # type: ignore[attr-defined]
+        compile_for(capability, modules)
         for dtype in DTYPES:
             if dtype == "bf16" and capability < 80:
                 continue

@@ -3,12 +3,20 @@ compiled ones; write both to their table.
 
     python -m bench tune                              every op at the size of a step of the paper (half an hour)
     python -m bench tune consensus_map --dtype float16 --sizes 7x7
+    python -m bench tune --calculated                 without a card, for V100, A100 and H100 (half an hour)
 
 All candidates for an op, a dtype and a shape take turns, each is compared with the definition before it is timed, and
-forward and backward choose for themselves. Sizes are written where the fastest candidate is faster than the computed
-ones by more than --margin. With the sizes chosen, `triton` and `cuda` take turns, and both times are written: where
+forward and backward choose for themselves. The computed sizes are written unless the fastest candidate is faster than
+they are by more than --margin. With the sizes chosen, `triton` and `cuda` take turns, and both times are written: where
 Triton is faster in the forward and in the backward by more than 2 %, the automatic choice of the backend takes it first
 on such cards (m3em_fast.explain says so). Rows of other shapes and other cards stay.
+
+--calculated asks no card. It compiles every candidate for compute capabilities 7.0, 8.0 and 9.0, runs one program of it
+on the CPU, compares what it computes with the definition, counts, and calculates which share of the bandwidth in the
+card's data sheet its instructions, its shared memory and its waits for memory allow (bench/triton_count.py). Candidates
+that allow a tenth more than the computed sizes go to a part of the table of their own, where they serve until somebody
+measures: a calculation is no measurement, and rows that were measured are left out. It takes no notice of --seconds and
+--margin.
 
 The table is a file of the package, m3em_fast/triton/table.json. To fill it for everybody: run this on a card that does
 nothing else, then `make gpu`, which tests and times what the table chooses, and commit the table and those records.
@@ -42,6 +50,7 @@ from m3em_fast import _cli
 from m3em_fast.triton import _plan, _table
 
 OPS = ("channel_gate", "consensus_map", "consensus_pool")
+MODES = ("forward", "backward")
 Sizes = dict[str, int]
 RIVALS = _table.PARTS["microseconds"]
 # Candidate (None: the computed sizes) -> seconds by mode; who was wrong or failed is not there.
@@ -66,6 +75,8 @@ class Options:
     """How long to measure a case, after the warm-up; there are five rounds at least."""
     margin: float = 0.02
     """By which share of its time a candidate must be faster than the computed sizes to be written."""
+    calculated: bool = False
+    """Calculate sizes where none were measured; no card is asked."""
     out: Path = _table.PATH
     """The table: that of this checkout or installation unless named."""
 
@@ -90,8 +101,9 @@ def candidates(dtype: torch.dtype, channels: int, positions: int) -> list[Sizes]
 @contextlib.contextmanager
 def trial(capability: int, rows: Mapping[str, Sizes | None]) -> Iterator[None]:
     """While it lasts, rows of the table hold these sizes; None: no sizes, so that they are computed."""
-    own = _table.stored()["capabilities"].setdefault(str(capability), {})
-    before = {row: own.pop(row) for row in rows if row in own}
+    table, card = _table.stored(), str(capability)
+    own, other = (table[part].setdefault(card, {}) for part in ("capabilities", "calculated"))
+    before, behind = ({row: part.pop(row) for row in rows if row in part} for part in (own, other))
     own.update({row: sizes for row, sizes in rows.items() if sizes is not None})
     _forget()
     try:
@@ -100,6 +112,7 @@ def trial(capability: int, rows: Mapping[str, Sizes | None]) -> Iterator[None]:
         for row in rows:
             own.pop(row, None)
         own.update(before)
+        other.update(behind)
         _forget()
 
 
@@ -195,7 +208,7 @@ def resolve(options: Options) -> tuple[list[str], list[tuple[int, int]]]:
         if match is None or max(int(match[1]), int(match[2])) < 4:
             raise UsageError(f"--sizes must be heights and widths such as 7x7, at least 4 long or wide, got {text!r}.")
         shapes.append((int(match[1]), int(match[2])))
-    if not torch.cuda.is_available():
+    if not options.calculated and not torch.cuda.is_available():
         raise UsageError("torch sees no CUDA device here, and the table is measured on one.")
     if options.out.is_dir() or not os.access(options.out.parent, os.W_OK):
         raise UsageError(f"--out: the table cannot be written to {options.out}.")
@@ -223,7 +236,7 @@ def run(options: Options, console: Console) -> None:
     ops, shapes = resolve(options)
     found = read(options.out)
     capability = capability_here()
-    own, timed = (found[part].setdefault(str(capability), {}) for part in _table.PARTS)
+    own, timed = (found[part].setdefault(str(capability), {}) for part in ("capabilities", "microseconds"))
     cases = [(op, name, shape) for op in ops for name in options.dtype for shape in shapes]
     console.print(f"{torch.cuda.get_device_name()}, compute capability {capability // 10}.{capability % 10}")
     with Progress(console=console, transient=True) as progress:
@@ -245,12 +258,9 @@ def run(options: Options, console: Console) -> None:
                 progress.advance(task)
                 continue
             for mode, row in rows.items():
-                own.pop(row, None)
                 chosen = best(times, mode, options.margin)
-                said = "the computed sizes"
-                if chosen is not None and (sizes := tries[chosen]) is not None:
-                    own[row] = sizes
-                    said = ", ".join(f"{key} {value}" for key, value in sizes.items())
+                own[row] = tries[chosen] or _table.default(names[mode], dtype, channels, height * width, capability)
+                said = "the computed sizes" if chosen is None else words_of(own[row])
                 took = times[chosen][mode] if chosen in times else float("nan")
                 progress.console.print(f"{row}: {1e6 * took:.1f} us with {said}")
                 timed.pop(row, None)
@@ -268,11 +278,48 @@ def run(options: Options, console: Console) -> None:
     console.print(f"Written to {options.out}.")
 
 
+def words_of(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in sizes.items())
+
+
+def calculate(options: Options, console: Console) -> None:
+    """Fill the calculated part of the table. Compiles: in a process that has not interpreted kernels."""
+    from bench import triton_count  # which needs Triton, and this module
+
+    ops, shapes = resolve(options)
+    found = read(options.out)
+    cases = [(op, mode, name, shape) for op in ops for name in options.dtype for shape in shapes for mode in MODES]
+    try:
+        count, rows = triton_count.Counter(options.samples), set[str]()
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("", total=len(cases))
+            for op, mode, name, (height, width) in cases:
+                progress.update(task, description=f"{op} {mode} {name} {height}x{width}")
+                size = Size(options.samples, options.channels, options.latent, height, width)
+                problem = triton_count.Problem(op, mode, getattr(torch, name), size)
+                # Of several shapes in a row the first one chooses.
+                for capability in triton_count.OF if problem.row not in rows else ():
+                    card = str(capability)
+                    if any(problem.row in found[part].get(card, {}) for part in ("capabilities", "microseconds")):
+                        continue
+                    found["calculated"].setdefault(card, {}).pop(problem.row, None)
+                    choice = count.choose(problem, capability)
+                    progress.console.print(f"{card} {problem.row}: {choice.said}", highlight=False)
+                    if choice.sizes is not None:
+                        found["calculated"][card][problem.row] = dict(choice.sizes)
+                rows.add(problem.row)
+                write(options.out, found)
+                progress.advance(task)
+    except triton_count.Broken as error:
+        raise UsageError(f"--calculated: {error}") from None
+    console.print(f"Written to {options.out}.")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options: Options = _cli.cli(Options, arguments, description=__doc__, prog="python -m bench tune")
     console = Console()
     try:
-        run(options, console)
+        (calculate if options.calculated else run)(options, console)
     except (UsageError, OSError) as error:
         print(f"bench tune: {error}", file=sys.stderr)
         return 2

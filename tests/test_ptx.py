@@ -257,7 +257,7 @@ def test_pairs_of_halves():
         ("ex2.approx.f32 %f1, %f2;", "ex2.approx.f32"),
         ("div.approx.f32 %f1, %f2, %f3;", "div.approx.f32"),
         ("add.ftz.f32 %f1, %f2, %f3;", "add.ftz.f32"),
-        ("cvt.rn.bf16x2.f32 %r1, %f2, %f3;", "cvt.rn.bf16x2.f32"),
+        ("cvt.rz.bf16x2.f32 %r1, %f2, %f3;", "cvt.rz.bf16x2.f32"),
         ("cvt.rz.f16.f32 %h1, %f2;", "cvt.rz.f16.f32"),
         ("atom.global.add.u32 %r1, [%d0], 1;", "atom.global.add.u32"),
         ("bar.sync 1, 64;", "bar.sync"),

@@ -51,7 +51,7 @@ def card(monkeypatch, tmp_path):
         op, dtype = row.split("/")
         timed |= {f"{op}/{dtype}/1024x64": forward, f"{op}_backward/{dtype}/1024x64": backward}
     path = tmp_path / "table.json"
-    path.write_text(json.dumps({"about": "x", "capabilities": {}, "microseconds": {"70": timed}}))
+    path.write_text(json.dumps({"about": "x", "capabilities": {}, "calculated": {}, "microseconds": {"70": timed}}))
     monkeypatch.setattr(_table, "PATH", path)
     monkeypatch.setattr(triton, "version", lambda: "3.3.1")
     monkeypatch.setattr(triton, "interpreted", lambda: False)

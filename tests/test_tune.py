@@ -52,8 +52,9 @@ def card(monkeypatch, tmp_path):
     return tmp_path / "table.json"
 
 
-def table(capabilities, microseconds=None):
-    return json.dumps({"about": "x", "capabilities": capabilities, "microseconds": microseconds or {}})
+def table(capabilities, microseconds=None, calculated=None):
+    parts = {"capabilities": capabilities, "calculated": calculated or {}, "microseconds": microseconds or {}}
+    return json.dumps({"about": "x"} | parts)
 
 
 def fits(sizes, dtype):
@@ -79,7 +80,7 @@ def test_every_default_and_every_candidate_fits_a_v100(op, dtype):
 
 def test_every_row_of_the_committed_table_fits_a_v100():
     found = _table.checked(json.loads(_table.PATH.read_text()))
-    for capability, rows in found["capabilities"].items():
+    for capability, rows in (*found["capabilities"].items(), *found["calculated"].items()):
         assert int(capability) >= 70
         for row, sizes in rows.items():
             fits(sizes, getattr(torch, row.split("/")[1]))
@@ -117,14 +118,29 @@ def test_the_wheel_has_the_table():
 def test_a_trial_leaves_the_table_as_it_was(monkeypatch):
     kept, tried = ({"BLOCK_C": c, "BLOCK_P": 64, "num_warps": 2} for c in (1, 2))
     row, shape = "channel_gate/float32/8x64", ("channel_gate", torch.float32, 8, 49, 80)
-    monkeypatch.setitem(_table.stored()["capabilities"], "80", {row: kept})
+    for part in ("calculated", "capabilities"):
+        monkeypatch.setitem(_table.stored()[part], "80", {row: kept})
+        _table.config.cache_clear()
+        assert _table.config(*shape) == kept
+        with tune.trial(80, {row: tried}):
+            assert _table.config(*shape) == tried
+        with tune.trial(80, {row: None}):
+            assert _table.config(*shape) == _table.default(*shape)
+        assert _table.config(*shape) == kept
+
+
+def test_what_was_measured_comes_before_what_was_calculated(monkeypatch, tmp_path):
+    measured, counted = ({"BLOCK_C": c, "BLOCK_P": 64, "num_warps": 2} for c in (1, 2))
+    row, other = "channel_gate/float32/8x64", "channel_gate/float32/16x64"
+    path = tmp_path / "table.json"
+    path.write_text(table({"80": {row: measured}}, calculated={"80": {row: counted, other: counted}}))
+    monkeypatch.setattr(_table, "PATH", path)
+    _table.stored.cache_clear()
     _table.config.cache_clear()
-    assert _table.config(*shape) == kept
-    with tune.trial(80, {row: tried}):
-        assert _table.config(*shape) == tried
-    with tune.trial(80, {row: None}):
-        assert _table.config(*shape) == _table.default(*shape)
-    assert _table.config(*shape) == kept
+    assert _table.config("channel_gate", torch.float32, 8, 49, 80) == measured
+    assert _table.config("channel_gate", torch.float32, 16, 49, 80) == counted
+    shape = ("channel_gate", torch.float32, 16, 49, 90)
+    assert _table.config(*shape) == _table.default(*shape)
 
 
 def test_without_a_card_one_sentence_and_status_2():
@@ -165,13 +181,18 @@ def test_rows_of_other_cards_and_shapes_stay(card):
     assert found["microseconds"]["70"]["consensus_pool/float32/1024x64"] == {"cuda": 1.25, "triton": 1.0}
 
 
-def test_computed_sizes_win_within_the_margin_and_a_stale_row_goes(card, monkeypatch):
-    row = "channel_gate/float32/1024x64"
-    card.write_text(table({"70": {row: {"BLOCK_C": 1, "BLOCK_P": 64, "num_warps": 1}}}))
+def test_computed_sizes_win_within_the_margin_and_overrule_what_was_there(card, monkeypatch):
+    row, other = "channel_gate/float32/1024x64", {"BLOCK_C": 1, "BLOCK_P": 64, "num_warps": 1}
+    card.write_text(table({"70": {row: other}}, calculated={"70": {row: other}}))
     times = {None: 1.01e-6, 0: 1e-6, 1: 3e-6}
     monkeypatch.setattr(tune, "measure", lambda *a: {k: {"forward": t, "backward": t} for k, t in times.items()})
     assert tune.main(["channel_gate", "--dtype", "float32", "--sizes", "7x7", "--out", str(card)]) == 0
-    assert json.loads(card.read_text())["capabilities"]["70"] == {}
+    written = json.loads(card.read_text())
+    assert written["capabilities"]["70"] == {
+        f"{op}/float32/1024x64": _table.default(op, torch.float32, 1024, 49, 70)
+        for op in ("channel_gate", "channel_gate_backward")
+    }
+    assert written["calculated"] == {"70": {row: other}}
     assert tune.best({k: {"forward": t} for k, t in times.items()}, "forward", 0.001) == 0
     assert tune.best({0: {"forward": 2.0}, 1: {"forward": 1.0}}, "forward", 0.02) == 1  # the computed sizes failed
 
@@ -234,10 +255,13 @@ ROW = "channel_gate/float16/1024x64"
         ({}, {"70": {ROW: TIMES | {"cuda": "2"}}}, "cuda, triton must be numbers above 0"),
         ({}, {"70": {ROW: TIMES | {"cuda": float("nan")}}}, "cuda, triton must be numbers above 0"),
         ({}, {"70": {ROW: TIMES | {"cuda": True}}}, "cuda, triton must be numbers above 0"),
+        ({}, None, "it must have about, capabilities, calculated, microseconds"),
     ],
 )
 def test_a_table_is_checked_when_it_is_read(card, monkeypatch, capsys, capabilities, microseconds, said):
-    text = json.dumps({"about": "x", "capabilities": capabilities, "microseconds": microseconds})
+    text = table(capabilities, microseconds)
+    if microseconds is None:
+        text = text.replace('"microseconds"', '"milliseconds"')
     card.write_text(text)
     monkeypatch.setattr(_table, "PATH", card)
     _table.stored.cache_clear()

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from bench.ptx.code import Address, Instruction, Operand
-from bench.ptx.memory import SHARED
+from bench.ptx.memory import SHARED, Fault
 from bench.ptx.values import dtype_of, unknown
 
 if TYPE_CHECKING:
     from bench.ptx.machine import Machine, Mask, Run
 
-__all__ = ["Copies", "access", "copy"]
+__all__ = ["Copies", "access", "copy", "matrix"]
 
 WARP = 32
 # How a cache is used and who sees it: nothing that changes what is read.
@@ -63,6 +63,44 @@ def access(machine: Machine, at: int, i: Instruction) -> Run:
                 values[:, column] = np.broadcast_to(source(), everywhere)[lanes]
             memory.store(places, values, what)
         tally.access(at, places, lanes // WARP, lanes % WARP, size)
+
+    return run
+
+
+def matrix(machine: Machine, at: int, i: Instruction) -> Run:
+    """ldmatrix and stmatrix: of 8x8 numbers of 16 bits, whose rows lie where eight lanes of a warp say."""
+    loads, across = i.op == "ldmatrix", "trans" in i.modifiers
+    shape = [word for word in i.modifiers if word not in ("trans", "cta")]
+    if shape[:3] != ["sync", "aligned", "m8n8"] or shape[3] not in ("x1", "x2", "x4") or shape[4:] != ["shared", "b16"]:
+        raise unknown(i)
+    many, memory = i.operands[0 if loads else 1], machine.memory
+    parts = many if isinstance(many, tuple) else (many,)
+    if len(parts) != int(shape[3][1:]):
+        raise unknown(i)
+    where = _where(machine, i, i.operands[1 if loads else 0], "shared")
+    targets = [machine.target(i, part, "b32") for part in parts] if loads else []
+    sources = [] if loads else [machine.source(i, part, "b32") for part in parts]
+    what = f"{machine.kernel.name}: {i.text!r}"
+
+    def run(mask: Mask) -> None:
+        if not (mask.reshape(-1, WARP).all(axis=1) == mask.reshape(-1, WARP).any(axis=1)).all():
+            raise Fault(f"{what} needs all lanes of a warp.")
+        everyone = np.flatnonzero(mask)
+        lanes = everyone[everyone % WARP < 8 * len(parts)]
+        places = where(lanes)
+        shape = (-1, len(parts), 8, 8)  # warps, matrices, rows, numbers
+        if loads:
+            held = memory.load(places, np.uint16, 8, what).reshape(shape)
+            held = np.ascontiguousarray(held.swapaxes(2, 3) if across else held)
+            for column, target in enumerate(targets):
+                whole = np.empty(machine.lanes, dtype=np.uint32)
+                whole[everyone] = np.ascontiguousarray(held[:, column]).reshape(-1).view(np.uint32)
+                target(whole, mask)
+        else:
+            words = [np.broadcast_to(source(), machine.lanes)[everyone].reshape(-1, WARP) for source in sources]
+            held = np.ascontiguousarray(np.stack(words, 1)).view(np.uint16).reshape(shape)
+            memory.store(places, (held.swapaxes(2, 3) if across else held).reshape(-1, 8), what)
+        machine.tally.access(at, places, lanes // WARP, lanes % WARP, 16)
 
     return run
 

@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 
 __all__ = ["Address", "Instruction", "Kernel", "Module", "Operand", "Unknown", "names", "parse"]
 
-_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+# What no instruction is: comments, and the places in the source, which end with their lines.
+_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/|^\s*\.(?:loc|file)\s[^\n]*", re.DOTALL | re.MULTILINE)
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{")
-_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?")
+_PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?([\w$]+)(?:\[(\d+)\])?"
+)
 _VARIABLE = re.compile(
     r"\.(global|const|shared)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?(?:\s*=\s*([^;]*))?;"
 )
@@ -140,11 +143,11 @@ def _variable(module: Module, space: str, align: int, type: str, name: str, coun
 
 def _kernel(name: str, given: str, directives: str, body: str) -> Kernel:
     parameters, end = {}, 0
-    for type, word, count in _PARAMETER.findall(given):
+    for align, type, word, count in _PARAMETER.findall(given):
         size = size_of(type) * int(count or 1)
-        start = -(-end // 8) * 8
+        start = -(-end // int(align or size_of(type))) * int(align or size_of(type))
         parameters[word], end = (start, size), start + size
-    bound = re.search(r"\.maxntid\s+(\d+)", directives)
+    bound = re.search(r"\.(?:max|req)ntid\s+(\d+)", directives)
     kernel = Kernel(name, parameters, int(bound[1]) if bound else 0)
     scopes: list[dict[str, str]] = [{}]
     for word in _statements(body):
@@ -157,7 +160,7 @@ def _kernel(name: str, given: str, directives: str, body: str) -> Kernel:
         elif declared := _DECLARED.match(word):
             _declare(kernel, declared[1], declared[2], scopes)
         elif word.startswith("."):
-            if not word.startswith((".pragma ", ".loc ", ".file ")):
+            if not word.startswith(".pragma "):
                 raise Unknown(f"{name} has {word!r}, which cannot be run.")
         else:
             kernel.instructions.append(_instruction(word, scopes))

@@ -38,7 +38,7 @@ def kind(i: Instruction) -> str:
         return "global"
     if i.op in ("ld", "st"):
         return "shared" if "shared" in i.modifiers else "integer" if "param" in i.modifiers else "global"
-    if i.op == "shfl":
+    if i.op in ("shfl", "ldmatrix", "stmatrix"):
         return "shared"
     if i.op == "cvt":
         return "conversion" if any(word[0] == "f" for word in i.modifiers[-2:]) else "integer"
@@ -55,6 +55,8 @@ def cost(i: Instruction) -> float:
     if i.op == "cvt" and not any(word[0] == "f" for word in i.modifiers[-2:]):
         # The upper half of a wider number is zero or the sign; a narrower one is a part of it.
         return 1.0 if i.modifiers[-2:] == ("s64", "s32") else 0.0
+    if i.op == "div" and "full" in i.modifiers:
+        return 8.0
     if (i.op, i.type) in _LONG:
         return _LONG[i.op, i.type]
     if i.op in ("min", "max") and kind(i) == "integer":

@@ -221,6 +221,8 @@ BUILDERS: dict[str, Callable[[Machine, int, Instruction], Run]] = {
     "ld": access.access,
     "st": access.access,
     "cp": access.copy,
+    "ldmatrix": access.matrix,
+    "stmatrix": access.matrix,
     "mov": lanes.move,
     "setp": lanes.compare,
     "cvta": lanes.address_space,

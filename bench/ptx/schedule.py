@@ -19,7 +19,8 @@ _FENCES = ("bar", "barrier", "membar", "fence", "atom", "red", "cp")
 
 def scheduled(kernel: Kernel) -> Kernel:
     """The same kernel; instructions move within stretches that run from end to end."""
-    starts = set(kernel.labels.values())
+    # A label that nobody goes to, for a debugger, ends nothing.
+    starts = {kernel.labels[str(i.operands[0])] for i in kernel.instructions if i.op == "bra"}
     code: list[Instruction] = []
     stretch: list[Instruction] = []
     for at, i in enumerate(kernel.instructions):
@@ -64,16 +65,17 @@ def _needed(stretch: list[Instruction]) -> list[set[int]]:
     last = {"st": -1, "between": -1}
     found: list[set[int]] = []
     for at, i in enumerate(stretch):
-        to = set() if i.op == "st" else names(i.operands[0])
-        of = set().union(*(names(each) for each in i.operands[i.op != "st" :]))
+        stores = i.op in ("st", "stmatrix")
+        to = set() if stores else names(i.operands[0])
+        of = set().union(*(names(each) for each in i.operands[not stores :]))
         if i.guard:
             of.add(i.guard)
         needed = {written[name] for name in of | to if name in written}
         needed.update(*(read.get(name, ()) for name in to))
-        if "shared" in i.modifiers and i.op in ("ld", "st"):
-            needed.update(near if i.op == "st" else {last["st"]})
+        if "shared" in i.modifiers and i.op in ("ld", "st", "ldmatrix", "stmatrix"):
+            needed.update(near if stores else {last["st"]})
             near.append(at)
-            last["st"] = at if i.op == "st" else last["st"]
+            last["st"] = at if stores else last["st"]
         if i.op in ("shfl", "vote"):
             needed.add(last["between"])
             last["between"] = at

@@ -92,7 +92,12 @@ def _fused(a: Array, b: Array, c: Array) -> Array:
     if a.dtype != np.float32:
         wide = np.longdouble if a.dtype == np.float64 else np.float64
         return (a.astype(wide) * b + c).astype(a.dtype)
-    # The product is exact in float64. The sum is rounded to odd there, so that the second rounding sees what it lost.
+    return _fused_wide(a, b, c).astype(np.float32)
+
+
+def _fused_wide(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c of float32 in float64, rounded to odd, so that a second rounding sees what the first one lost."""
+    # The product is exact in float64.
     product, c = a.astype(np.float64) * b, np.asarray(c, np.float64)
     total = product + c
     back = total - product
@@ -100,7 +105,20 @@ def _fused(a: Array, b: Array, c: Array) -> Array:
     bits = total.view(np.int64)
     inexact = (lost != 0) & np.isfinite(total) & (bits & 1 == 0)
     step = np.where((lost > 0) == (total > 0), 1, -1)
-    return np.where(inexact, (bits + step).view(np.float64), total).astype(np.float32)
+    return np.where(inexact, (bits + step).view(np.float64), total)
+
+
+def _fused_bfloat16(*given: Array) -> Array:
+    a, b, c = ((each.astype(np.uint32) << np.uint32(16)).view(np.float32) for each in given)
+    exact = _fused_wide(a, b, c)
+    near = exact.astype(np.float32)
+    # To odd once more: cut off, and the last bit says whether anything was.
+    cut = np.where(np.abs(near) > np.abs(exact), np.nextafter(near, np.float32(0)), near)
+    return _to_bfloat16(np.where(near == exact, near.view(np.uint32), cut.view(np.uint32) | np.uint32(1)))
+
+
+def _product_bfloat16(a: Array, b: Array) -> Array:
+    return _fused_bfloat16(a, b, np.array([0x8000], np.uint16))  # less nothing, which keeps the sign of a zero
 
 
 def _shift_left(a: Array, b: Array) -> Array:
@@ -210,12 +228,21 @@ def _to_bfloat16(bits: Array) -> Array:
     return np.where(nan, 0x7FFF, (bits + up) >> np.uint32(16)).astype(np.uint16)
 
 
+def _above(high: Array, low: Array) -> Array:
+    return high.astype(np.uint32) << np.uint32(16) | low
+
+
 def _conversion(instruction: Instruction) -> Value:
     *how, to, source = instruction.modifiers
     if instruction.modifiers == ("rn", "bf16", "f32"):
         return Value("b16", ("b32",), _to_bfloat16)
     if instruction.modifiers == ("f32", "bf16"):
         return Value("b32", ("b16",), lambda a: a.astype(np.uint32) << np.uint32(16))
+    if instruction.modifiers == ("rn", "bf16x2", "f32"):  # the first one above the second
+        return Value("b32", ("b32", "b32"), lambda a, b: _above(_to_bfloat16(a), _to_bfloat16(b)))
+    if instruction.modifiers == ("rn", "f16x2", "f32"):
+        halves = np.float16, np.uint16
+        return Value("b32", ("f32", "f32"), lambda a, b: _above(*(x.astype(halves[0]).view(halves[1]) for x in (a, b))))
     result, given = dtype_of(instruction, to), dtype_of(instruction, source)
     if not set(how) <= {"rn", "rz", "rni", "rzi", "rmi", "rpi", "sat"} or ("sat" in how and to != "f32"):
         raise unknown(instruction)
@@ -240,12 +267,12 @@ def _conversion(instruction: Instruction) -> Value:
     return Value(to, (source,), lambda a: a.astype(result))
 
 
-def _pairs(function: Callable[..., Array]) -> Callable[..., Array]:
-    """Of two float16 numbers in 32 bits."""
+def _pairs(function: Callable[..., Array], dtype: Any = np.float16) -> Callable[..., Array]:
+    """Of two numbers in 32 bits."""
 
     def both(*given: Array) -> Array:
-        halves = [np.ascontiguousarray(each).view(np.float16).reshape(-1, 2) for each in given]
-        return np.ascontiguousarray(function(*halves).astype(np.float16)).view(np.uint32).reshape(-1)
+        halves = [np.ascontiguousarray(each).view(dtype).reshape(-1, 2) for each in given]
+        return np.ascontiguousarray(function(*halves).astype(dtype)).view(np.uint32).reshape(-1)
 
     return both
 
@@ -256,7 +283,7 @@ _ALLOWED = {
     "mul": {"rn", "lo", "hi", "wide"},
     "mad": {"lo", "hi", "wide"},
     "fma": {"rn"},
-    "div": {"rn"},
+    "div": {"rn", "full"},  # which is off by two units at most on a card, and by none here
     "sqrt": {"rn"},
     "rcp": {"rn"},
 }
@@ -299,6 +326,13 @@ def value_of(instruction: Instruction) -> Value:
         raise unknown(instruction)
     if type == "f16x2" and op in ("add", "sub", "mul", "fma", "neg", "abs"):
         return Value("b32", ("b32",) * (3 if op == "fma" else 2 if op in _TWO else 1), _pairs(_function(op)))
+    if type in ("s16x2", "u16x2") and op in ("add", "min", "max"):
+        two = {"add": np.add, "min": np.minimum, "max": np.maximum}[op]
+        return Value("b32", ("b32", "b32"), _pairs(two, DTYPES[type[:3]]))
+    if type in ("bf16", "bf16x2") and op in ("fma", "mul"):
+        exact = _fused_bfloat16 if op == "fma" else _product_bfloat16
+        to = "b16" if type == "bf16" else "b32"
+        return Value(to, (to,) * (3 if op == "fma" else 2), exact if to == "b16" else _pairs(exact, np.uint16))
     dtype_of(instruction, type)
     if op == "mul" and not _floats(type):
         to = f"{type[0]}{2 * int(type[1:])}" if modifiers[0] == "wide" else type
@@ -311,7 +345,7 @@ def value_of(instruction: Instruction) -> Value:
         return Value(type, (type,) * 3, _fused)
     if op in ("min", "max"):
         return Value(type, (type, type), np.fmin if op == "min" else np.fmax)
-    if op == "div" and _floats(type) and "rn" not in modifiers:
+    if op == "div" and _floats(type) and len(modifiers) != 2:
         raise unknown(instruction)
     if op in ("shl", "shr"):
         return Value(type, (type, "u32"), _shift_left if op == "shl" else _shift_right)

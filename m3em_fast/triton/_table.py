@@ -1,8 +1,9 @@
-"""What was measured on cards (table.json): sizes of blocks for the Triton kernels, and where these are faster than the
-compiled ones. Sizes that nobody has measured are computed.
+"""Sizes of blocks for the Triton kernels, and where these were faster than the compiled ones (table.json).
 
-``python -m bench tune`` measures and writes the table. Nothing here depends on the number of samples, so a sample's
-sums have one order, and are made by one backend, whatever else is in the batch.
+``python -m bench tune`` measures both on a card and writes them to the table. Where nobody has measured, the table has
+sizes that ``python -m bench tune --calculated`` chose by counting what a program does: no card was asked for them, and
+a measurement overrules them. What is in neither part is computed from the shape (:func:`default`). Nothing here depends
+on the number of samples, so a sample's sums have one order, and are made by one backend, whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ OPS = (
     "consensus_pool",
     "consensus_pool_backward",
 )
-# The two parts of the table, and what their rows hold: sizes of blocks, and the times of both backends.
-PARTS = {"capabilities": ("BLOCK_C", "BLOCK_P", "num_warps"), "microseconds": ("cuda", "triton")}
+SIZES = ("BLOCK_C", "BLOCK_P", "num_warps")
+# The parts of the table, and what their rows hold: sizes of blocks that were measured, sizes that were only calculated,
+# and the measured times of both backends.
+PARTS = {"capabilities": SIZES, "calculated": SIZES, "microseconds": ("cuda", "triton")}
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 # By which share of its time the compiled kernel must be slower before auto takes the other one: less is noise.
 MARGIN = 0.02
@@ -74,13 +77,13 @@ def default(op: str, dtype: torch.dtype, channels: int, positions: int, capabili
 
 
 def checked(found: Any) -> dict[str, Any]:
-    """A table as its file holds it: ``about``, and the two ``PARTS``, each capability -> ``op/dtype/bucket`` -> row.
+    """A table as its file holds it: ``about``, and the ``PARTS``, each capability -> ``op/dtype/bucket`` -> row.
 
     Raises:
         ValueError: it is none, with the place in it.
     """
     if not isinstance(found, dict) or set(found) != {"about", *PARTS}:
-        raise ValueError(f"it must have about, {' and '.join(PARTS)}")
+        raise ValueError(f"it must have about, {', '.join(PARTS)}")
     for part in PARTS:
         cards = found[part] if isinstance(found[part], dict) else {str(found[part]): None}
         for card, rows in cards.items():
@@ -99,7 +102,7 @@ def _flaw(part: str, row: str, numbers: Any) -> str | None:
         return f"there is no such op, dtype and shape (one is {OPS[0]}/float16/1024x64)"
     if (known := bucket(int(found[3]), int(found[4]))) != f"{found[3]}x{found[4]}":
         return f"that shape is in the row of {known}"
-    names, whole = ", ".join(PARTS[part]), part == "capabilities"
+    names, whole = ", ".join(PARTS[part]), PARTS[part] == SIZES
     if not isinstance(numbers, dict) or set(numbers) != set(PARTS[part]):
         return f"it must have {names}"
     for number in numbers.values():
@@ -158,5 +161,8 @@ def config(op: str, dtype: torch.dtype, channels: int, positions: int, capabilit
     """
     if op not in OPS:
         raise ValueError(f"config: op must be one of {', '.join(OPS)}, got {op!r}")
-    found = stored()["capabilities"].get(str(capability), {}).get(row_of(op, dtype, channels, positions))
-    return found or default(op, dtype, channels, positions, capability)
+    row, table = row_of(op, dtype, channels, positions), stored()
+    for part in ("capabilities", "calculated"):
+        if (found := table[part].get(str(capability), {}).get(row)) is not None:
+            return found
+    return default(op, dtype, channels, positions, capability)
