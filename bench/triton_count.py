@@ -208,6 +208,24 @@ class Kernels:
             module.launch = before
         return found[0]
 
+    def spills(self, problem: Problem, capability: int, sizes: Sizes) -> bool:
+        """Whether a kernel for these sizes has local memory in one of the other calls that share the row."""
+        compile_for(capability, self._modules)
+        found = list[int]()
+
+        def launch(kernel: Any, programs: int, writes: Any, *arguments: Any, **constants: Any) -> None:
+            found.append(used(kernel.warmup(*arguments, grid=(programs,), **constants).asm["cubin"])[1])
+
+        module: Any = self._modules[problem.op]
+        before, module.launch = module.launch, launch
+        try:
+            with trial(capability, {problem.row: sizes}):
+                for call in problem.others:
+                    call(module)
+        finally:
+            module.launch = before
+        return any(found)
+
     def _one(
         self, problem: Problem, capability: int, kernel: Any, programs: int, arguments: Sequence[Any], constants: Any
     ) -> Program:
@@ -282,6 +300,9 @@ class Counter:
                 found.append(one)
         assert computed is not None
         best = chosen(computed, found)
+        while best is not None and self._kernels.spills(problem, capability, dict(best.sizes)):
+            found.remove(best)
+            best = chosen(computed, found)
         said = f"the computed sizes, {100 * computed.score:.0f}%"
         if best is not None:
             said = (

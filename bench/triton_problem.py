@@ -33,6 +33,8 @@ class Problem:
         # What launches, given the op's module; and by the names of the kernel's arguments what should be in them.
         self.call: Callable[[Any], None]
         self.wanted: Callable[[Tensor], dict[str, Tensor]]
+        # What has the same row of the table: calls that are compiled only.
+        self.others: list[Callable[[Any], None]] = []
         make(mode, channels, size.h, size.w)
 
     @property
@@ -88,9 +90,14 @@ class Problem:
         wide = [t.double().requires_grad_() for t in (a, b)]
         shapes = [(max(1, h >> k), max(1, w >> k)) for k in range(scales)]
         pools = [[F.adaptive_avg_pool2d(t, shape) for t in wide] for shape in shapes]
-        options = (scales, False, EPS, self.dtype)
+        options, centered = (scales, False, EPS, self.dtype), (scales, True, EPS, self.dtype)
+        last = tuple(t.contiguous(memory_format=torch.channels_last) for t in (a, b))
+        cells = sum(rows * columns for rows, columns in shapes)
         if mode == "forward":
-            cells = sum(rows * columns for rows, columns in shapes)
+            self.others = [
+                lambda module: module.forward(centered, (a, b), False),
+                lambda module: module.forward(options, last, False),
+            ]
 
             def sums(partial: Tensor) -> dict[str, Tensor]:
                 chunks = partial.numel() // (SAMPLES * 3 * cells)
@@ -115,6 +122,11 @@ class Problem:
         self.filled = {"factors": torch.cat(factors, 2).flatten(1).float()}
         self.call = lambda module: module.backward(options, grad, (a, b), [saved], (True, True))
         self.wanted = lambda _: {"grad_a": arriving[-2], "grad_b": arriving[-1]}
+        of_center = saved.new_empty((SAMPLES, 3 * cells + 2 * h * w))
+        self.others = [
+            lambda module: module.backward(centered, grad, (a, b), [of_center], (True, True)),
+            lambda module: module.backward(options, grad, last, [saved], (True, True)),
+        ]
 
 
 def _sums(t: Tensor, chunks: int) -> Tensor:

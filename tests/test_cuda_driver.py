@@ -84,9 +84,9 @@ def test_launches_of_a_forward_and_a_backward(fresh):
         backward = driver.log()
         launches = [c.subject.split(" stream")[0] for c in forward + backward if c.name == "cuLaunchKernel"]
         assert launches == [
-            "consensus_map_partial_f32_any blocks=2 threads=256 shared=3700",
+            "consensus_map_partial_f32_any blocks=2 threads=256 shared=3844",
             "consensus_map_finish_f32_any blocks=2 threads=256 shared=60",
-            "consensus_map_backward_f32_any blocks=2 threads=256 shared=868",
+            "consensus_map_backward_f32_any blocks=2 threads=256 shared=1020",
         ]
         # A module is loaded once and a kernel looked up once.
         assert names(forward).count("cuModuleLoadData") == (time == 0)

@@ -208,8 +208,45 @@ def test_in_a_process_that_interprets_one_sentence(monkeypatch, tmp_path, capsys
     assert list(tmp_path.iterdir()) == []
 
 
+class Fitting:
+    """Kernels of which those for some sizes spill in another call of their row."""
+
+    def __init__(self, *spilling):
+        self.spilling = spilling
+
+    def spills(self, problem, capability, sizes):
+        return sizes in self.spilling
+
+
+def test_sizes_that_spill_in_another_call_are_not_chosen(monkeypatch):
+    monkeypatch.setattr(triton_count, "Kernels", lambda: Fitting(SIZES))
+    counter = triton_count.Counter(160)
+    problem = triton_count.Problem("consensus_map", "forward", torch.float32, Size(3, 8, 8, 7, 7))
+    limits = Limits(1, 2.0, 2.0, 2.0)
+    reached = {None: Tried({}, 0.5, 1.0, limits), 2: Tried(SIZES, 1.5, 1.0, limits), 4: Tried(OTHER, 1.0, 1.0, limits)}
+    monkeypatch.setattr(triton_count, "candidates", lambda *shape: [SIZES, OTHER])
+    monkeypatch.setattr(counter, "tried", lambda p, c, sizes: reached[sizes and sizes["BLOCK_C"]])
+    assert counter.choose(problem, 80).sizes == OTHER
+    monkeypatch.setattr(counter, "_kernels", Fitting(SIZES, OTHER))
+    assert counter.choose(problem, 80).sizes is None
+
+
+@needs_triton
+def test_the_pearson_coefficient_and_channels_last_share_a_row():
+    """With these sizes they spill, and the plain call does not."""
+    code = (
+        "import torch; from bench.case import Size; from bench.triton_count import Kernels, Problem; "
+        "kernels = Kernels(); "
+        "problem = Problem('consensus_map', 'forward', torch.float32, Size(3, 8, 512, 14, 14)); "
+        "sizes = {'BLOCK_C': 8, 'BLOCK_P': 256, 'num_warps': 2}; "
+        "print(kernels.spills(problem, 70, sizes), kernels.spills(problem, 70, problem.default(70)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment())
+    assert done.stdout.split() == ["True", "False"], done.stderr[-2000:]
+
+
 def test_what_cannot_be_served_or_run_is_said(monkeypatch):
-    monkeypatch.setattr(triton_count, "Kernels", lambda: None)
+    monkeypatch.setattr(triton_count, "Kernels", Fitting)
     counter = triton_count.Counter(160)
     problem = triton_count.Problem("channel_gate", "forward", torch.bfloat16, Size(3, 8, 8, 7, 7))
     assert counter.choose(problem, 70) == Choice(None, "not served there")
