@@ -3,7 +3,7 @@ compiled ones; write both to their table.
 
     python -m bench tune                              every op at the size of a step of the paper (half an hour)
     python -m bench tune consensus_map --dtype float16 --sizes 7x7
-    python -m bench tune --calculated                 without a card, for V100, A100 and H100 (half an hour)
+    python -m bench tune --calculated                 without a card, for V100, A100 and H100 (ten minutes)
 
 All candidates for an op, a dtype and a shape take turns, each is compared with the definition before it is timed, and
 forward and backward choose for themselves. The computed sizes are written unless the fastest candidate is faster than
