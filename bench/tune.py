@@ -4,6 +4,7 @@ compiled ones; write both to their table.
     python -m bench tune                              every op at the size of a step of the paper (half an hour)
     python -m bench tune consensus_map --dtype float16 --sizes 7x7
     python -m bench tune --calculated                 without a card, for V100, A100 and H100 (ten minutes)
+    python -m bench.tune                              the same command where there is no tyro
 
 All candidates for an op, a dtype and a shape take turns, each is compared with the definition before it is timed, and
 forward and backward choose for themselves. The computed sizes are written unless the fastest candidate is faster than
@@ -31,13 +32,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.progress import Progress
 
@@ -49,6 +49,13 @@ from bench.providers import Provider
 from m3em_fast import _cli
 from m3em_fast.triton import _plan, _table
 
+try:
+    from tyro.conf import Positional
+except ImportError:  # a machine with a card need not have it
+    Positional = None
+
+Dtype = Literal["float32", "float16", "bfloat16", "float64"]
+DTYPES = get_args(Dtype)
 OPS = ("channel_gate", "consensus_map", "consensus_pool")
 MODES = ("forward", "backward")
 Sizes = dict[str, int]
@@ -59,9 +66,9 @@ Times = Mapping[int | None, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Options:
-    op: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    op: Annotated[tuple[str, ...], Positional] = ()
     """Which ops; none named: all that have Triton kernels of their own."""
-    dtype: tuple[Literal["float32", "float16", "bfloat16", "float64"], ...] = ("float32", "float16", "bfloat16")
+    dtype: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
     """Of the maps; what the card's Triton kernels do not serve is left out."""
     sizes: tuple[str, ...] = ("7x7", "14x14", "7x8")
     """Heights and widths of the maps."""
@@ -315,8 +322,26 @@ def calculate(options: Options, console: Console) -> None:
     console.print(f"Written to {options.out}.")
 
 
+def plain(arguments: Sequence[str] | None = None) -> Options:
+    """The options, read without tyro."""
+    parser = _cli.Parser("python -m bench.tune", description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("op", nargs="*", default=())
+    for field in fields(Options)[1:]:
+        form: dict = {"type": type(field.default)}
+        if isinstance(field.default, tuple):
+            form = {"nargs": "+", "choices": DTYPES if field.name == "dtype" else None}
+        elif field.default is False:
+            form = {"action": "store_true"}
+        parser.add_argument(f"--{field.name}", default=field.default, **form)
+    given = vars(parser.parse_args(arguments))
+    return Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    options: Options = _cli.cli(Options, arguments, description=__doc__, prog="python -m bench tune")
+    if Positional is None:
+        options = plain(arguments)
+    else:
+        options = _cli.cli(Options, arguments, description=__doc__, prog="python -m bench tune")
     console = Console()
     try:
         (calculate if options.calculated else run)(options, console)
@@ -327,3 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench tune: interrupted. {options.out} holds the cases that were finished.", file=sys.stderr)
         return 130
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -148,6 +148,36 @@ def test_without_a_card_one_sentence_and_status_2():
     assert said == "bench tune: torch sees no CUDA device here, and the table is measured on one.\n"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["consensus_map", "channel_gate", "--dtype", "float16", "float64", "--seconds", "2.5"],
+        ["--sizes", "7x7", "--samples", "3", "--margin", "0.1", "--calculated", "--out", "x.json"],
+    ],
+)
+def test_options_are_read_alike_without_tyro(monkeypatch, words):
+    seen = []
+    monkeypatch.setattr(tune, "run", lambda options, console: seen.append(options))
+    monkeypatch.setattr(tune, "calculate", tune.run)
+    assert tune.main(words) == 0
+    monkeypatch.setattr(tune, "Positional", None)
+    assert tune.main(words) == 0
+    assert seen[0] == seen[1]
+
+
+def test_without_tyro_one_sentence_too():
+    block = "import sys; sys.modules['tyro'] = None; sys.argv = ['tune', *sys.argv[1:]]; import runpy; "
+    code = block + "runpy.run_module('bench.tune', run_name='__main__')"
+    for words, said in (
+        ([], "bench tune: torch sees no CUDA device here"),
+        (["--dtype", "int8"], "python -m bench.tune: argument --dtype: invalid choice: 'int8'"),
+        (["gated_projection"], "bench tune: there is no Triton kernel to tune for 'gated_projection'"),
+    ):
+        out = run(sys.executable, "-c", code, *words, cwd=ROOT, expect=2, CUDA_VISIBLE_DEVICES="")
+        assert out.startswith(said) and out.count("\n") == 1, out
+
+
 def test_the_fastest_of_each_mode_is_written(card, capsys):
     before = _table.PATH.read_bytes()
     arguments = ["tune", "consensus_map", "--dtype", "float16", "--sizes", "7x7", "--out", str(card)]
