@@ -59,7 +59,7 @@ BANDWIDTH = {"V100": 900, "A100 80 GB": 2039, "H100 SXM": 3350}
 ELEMENT = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2}
 
 # The host's plan, asked by a program of a few lines: with what a kernel is launched for a shape.
-# Arguments: bytes of a number of the maps, whether the form is not `any`, and of the shape n, c, h, w, more.
+# Arguments: bytes of a number of the maps, the form's number in FORMS, and of the shape n, c, h, w, more.
 PROGRAM = """
 #include "cuda/{op}.h"
 #include <cstdio>
@@ -67,21 +67,29 @@ PROGRAM = """
 int main(int, char **v) {{
     m3em::{name}Arguments m = {{}};
     m.n = atoi(v[3]), m.{channels} = atoi(v[4]), m.h = atoi(v[5]), m.w = atoi(v[6]), m.{more} = atoi(v[7]);
-    const m3em::{name}Plan p(m, atoi(v[1]), atoi(v[2]));
+    const m3em::{name}Plan p(m, atoi(v[1]), {form}(atoi(v[2])));
     const long long values[] = {{{values}}};
     for (long long value : values)
         printf("%lld ", value);
 }}
 """
-# By op: what its arguments call the channels and Shape.more, and what is asked.
+# By op, as its plan numbers them.
+FORMS = {
+    "consensus_map": ("any", "7x7", "14x14"),
+    "channel_gate": ("any", "packs"),
+    "consensus_pool": ("any", "packs"),
+}
+# By op: the plan's type for a form, what its arguments call the channels and Shape.more, and what is asked.
 PLANS = {
     "consensus_map": (
+        "m3em::MapForm",
         "d",
         "scales",
         ("p.partial_bytes", "p.finish_bytes", "p.backward_bytes", "m.chunks", "p.workspace", "p.stats"),
     ),
-    "channel_gate": ("c", "num_gates", ("p.forward_bytes", "p.backward_bytes")),
+    "channel_gate": ("bool", "c", "num_gates", ("p.forward_bytes", "p.backward_bytes")),
     "consensus_pool": (
+        "bool",
         "c",
         "rows",
         ("p.forward_bytes", "p.backward_bytes", "p.finish_bytes", "m.chunks", "p.workspace"),
@@ -113,7 +121,7 @@ PAPER = {
 
 def shape_of(op: str, form: str) -> Shape:
     """What the launch of a kernel is reported for."""
-    return PAPER[op] if form != "any" else replace(PAPER[op], h=14, w=14)
+    return PAPER[op] if form in ("7x7", "packs") else replace(PAPER[op], h=14, w=14)
 
 
 @dataclass(frozen=True)
@@ -160,11 +168,11 @@ def plan(op: str, form: str, dtype: str, csrc: Path) -> dict[str, int]:
     """What the host's plan says for a shape, by name; a stage's shared memory by the name of the stage."""
     if op not in PLANS:
         raise Broken(f"csrc/cuda/{op}.cu has no plan in bench/cuda_report.py, so its shared memory is not known.")
-    channels, more, asked = PLANS[op]
+    kind, channels, more, asked = PLANS[op]
     name = op.title().replace("_", "")
-    source = PROGRAM.format(op=op, name=name, channels=channels, more=more, values=", ".join(asked))
+    source = PROGRAM.format(op=op, name=name, form=kind, channels=channels, more=more, values=", ".join(asked))
     shape = shape_of(op, form)
-    values = (ELEMENT[dtype], int(form != "any"), shape.n, shape.c, shape.h, shape.w, shape.more)
+    values = (ELEMENT[dtype], FORMS[op].index(form), shape.n, shape.c, shape.h, shape.w, shape.more)
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder) / "plan")
         command = [*shlex.split(os.environ.get("CXX") or "g++"), "-std=c++17", f"-I{csrc}", "-x", "c++", "-", "-o"]
@@ -191,9 +199,10 @@ def measure(csrc: Path = ROOT / "csrc") -> tuple[list[Kernel], dict[str, dict[st
         ptx = nvrtc.cached(compiler, source, name, "compute_80", headers).image.decode()
         plans: dict[tuple[str, str], dict[str, int]] = {}
         for entry, threads in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx):
-            parts = re.fullmatch(rf"{op}_(\w+)_(f64|f32|f16|bf16)_(7x7|packs|any)", entry)
+            forms = FORMS.get(op, ())
+            parts = re.fullmatch(rf"{op}_(\w+)_(f64|f32|f16|bf16)_({'|'.join(forms)})", entry)
             if not parts:
-                raise Broken(f"{name} has a kernel {entry}; {op}_<stage>_<dtype>_<7x7, packs or any> was expected.")
+                raise Broken(f"{name} has a kernel {entry}; {op}_<stage>_<dtype>_<{' or '.join(forms)}> was expected.")
             stage, dtype, form = parts.groups()
             kind = (dtype, form)
             if kind not in plans:

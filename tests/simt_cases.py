@@ -175,16 +175,16 @@ def launched(driver):
 
 
 def form_of_consensus_map(call, *maps):
-    """Which kernels serve a pass that reads and writes these maps: those for 7x7 take three scales of maps whose
-    channels lie one after another, in packs of 16 bytes and nothing else."""
+    """Which kernels serve a pass that reads and writes these maps: those for 7x7 and 14x14 take three scales of maps
+    whose channels lie one after another, in packs of 16 bytes and nothing else."""
     first = maps[0]
     _, d, h, w = first.shape
     element = first.element_size()
     options = call.options.get("num_scales") or 3, call.options.get("center", False)
-    fits = (h, w) == (7, 7) and options == (3, False) and element < 8 and d * element % 16 == 0
+    fits = (h, w) in ((7, 7), (14, 14)) and options == (3, False) and element < 8 and d * h * w * element % 16 == 0
     for t in maps:
-        fits = fits and t.stride()[1:] == (49, 7, 1) and t.data_ptr() % 16 == 0 and t.stride(0) * element % 16 == 0
-    return "7x7" if fits else "any"
+        fits = fits and t.stride()[1:] == (h * w, w, 1) and t.data_ptr() % 16 == 0 and t.stride(0) * element % 16 == 0
+    return f"{h}x{w}" if fits else "any"
 
 
 def orders_that_catch(driver, run):

@@ -20,28 +20,31 @@ ConsensusMapArguments arguments_of(const ConsensusMap &given) {
     return m;
 }
 
-// Whether the kernels for 7x7 serve all maps that are there.
-bool seven_of(const ConsensusMapArguments &m, const ConsensusMap &given) {
+// The kernels that serve all maps that are there.
+MapForm form_of(const ConsensusMapArguments &m, const ConsensusMap &given) {
     const int element = element_of(given.a.dtype);
-    if (!ConsensusMapPlan::seven_fits(m, element))
-        return false;
     for (const Tensor *t : {&given.a, &given.b, &given.grad_a, &given.grad_b})
         if (!in_rows(*t, m.d, m.h, m.w) || !in_packs(*t, element))
-            return false;
-    return true;
+            return MapForm::any;
+    return ConsensusMapPlan::form_of(m, element);
 }
 
 enum Stage { partial, finish, backward };
 
-Launch launch_of(Stage stage, Dtype dtype, const ConsensusMapPlan &plan, bool seven, const ConsensusMapArguments &m,
+Launch launch_of(Stage stage, Dtype dtype, const ConsensusMapPlan &plan, MapForm form, const ConsensusMapArguments &m,
                  void *stream) {
-    constexpr const char *names[] = {"partial", "finish", "backward"};
+    constexpr const char *names[] = {"partial", "finish", "backward"}, *forms[] = {"any", "7x7", "14x14"};
+    constexpr int threads[][3] = {{MapThreads, MapThreads, MapThreads},
+                                  {SevenThreads, FinishThreads, SevenThreads},
+                                  {FourteenThreads, MapThreads, FourteenThreads}};
     const long long shared[] = {plan.partial_bytes, plan.finish_bytes, plan.backward_bytes};
-    const int which = static_cast<int>(dtype), slot = (stage * 4 + which) * 2 + seven;
-    const KernelName name = {"consensus_map", names[stage], DtypeNames[which], seven ? "7x7" : "any", slot};
+    // What chunks of 14x14 leave is as `any` has it.
+    if (stage == finish && form == MapForm::fourteen)
+        form = MapForm::any;
+    const int which = static_cast<int>(dtype), of = static_cast<int>(form), slot = (stage * 4 + which) * 3 + of;
+    const KernelName name = {"consensus_map", names[stage], DtypeNames[which], forms[of], slot};
     const long long blocks = stage == finish ? m.n : (long long)m.n * m.chunks;
-    const int threads = !seven ? MapThreads : stage == finish ? FinishThreads : SevenThreads;
-    return {name, blocks, threads, shared[stage], stream, &m};
+    return {name, blocks, threads[of][stage], shared[stage], stream, &m};
 }
 
 } // namespace
@@ -49,12 +52,11 @@ Launch launch_of(Stage stage, Dtype dtype, const ConsensusMapPlan &plan, bool se
 ConsensusMapNeeds consensus_map_needs(Dtype dtype, const ConsensusMap &given) {
     ConsensusMapArguments m = arguments_of(given);
     m.n = 1;
-    const ConsensusMapPlan plan(m, element_of(dtype), false);
+    const ConsensusMapPlan plan(m, element_of(dtype), MapForm::any);
     const long long shared = std::max({plan.partial_bytes, plan.finish_bytes, plan.backward_bytes});
-    long long workspace = plan.workspace;
     // What the memory of the maps is like is not known yet.
-    if (ConsensusMapPlan::seven_fits(m, element_of(dtype)))
-        workspace = std::max(workspace, ConsensusMapPlan(m, element_of(dtype), true).workspace);
+    const MapForm best = ConsensusMapPlan::form_of(m, element_of(dtype));
+    const long long workspace = std::max(plan.workspace, ConsensusMapPlan(m, element_of(dtype), best).workspace);
     return {workspace, plan.stats, shared};
 }
 
@@ -64,10 +66,10 @@ void consensus_map_forward(Module &module, void *stream, const ConsensusMap &giv
     m.out = map_of(given.out);
     m.wide = given.out.dtype != dtype;
     m.partial = workspace;
-    const bool seven = seven_of(m, given);
-    const ConsensusMapPlan plan(m, element_of(dtype), seven);
-    module.launch(launch_of(partial, dtype, plan, seven, m, stream));
-    module.launch(launch_of(finish, dtype, plan, seven, m, stream));
+    const MapForm form = form_of(m, given);
+    const ConsensusMapPlan plan(m, element_of(dtype), form);
+    module.launch(launch_of(partial, dtype, plan, form, m, stream));
+    module.launch(launch_of(finish, dtype, plan, form, m, stream));
 }
 
 void consensus_map_backward(Module &module, void *stream, const ConsensusMap &given) {
@@ -76,9 +78,9 @@ void consensus_map_backward(Module &module, void *stream, const ConsensusMap &gi
     m.grad_out = map_of(given.grad_out);
     m.grad_a = map_of(given.grad_a), m.grad_b = map_of(given.grad_b);
     m.wide = given.grad_out.dtype != dtype;
-    const bool seven = seven_of(m, given);
-    const ConsensusMapPlan plan(m, element_of(dtype), seven);
-    module.launch(launch_of(backward, dtype, plan, seven, m, stream));
+    const MapForm form = form_of(m, given);
+    const ConsensusMapPlan plan(m, element_of(dtype), form);
+    module.launch(launch_of(backward, dtype, plan, form, m, stream));
 }
 
 } // namespace cuda

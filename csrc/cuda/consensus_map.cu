@@ -7,10 +7,11 @@
 //
 //     d cos / d a  =  inv * b - ratio_a * a,     inv = 1 / (|a| |b|),  ratio_a = cos / |a|^2.
 //
-// These are the kernels for any map (the form `any`); those for 7x7 are in consensus_map_seven.cuh. Chunks and tiles
-// depend on D, H, W, the dtype and the form alone, and every sum has one order, so a sample's result does not depend on
+// These are the kernels for any map (the form `any`); those for 7x7 and 14x14 are in consensus_map_seven.cuh and
+// consensus_map_fourteen.cuh. Chunks and tiles depend on D, H, W, the dtype and the form alone, and every sum has one order, so a sample's result does not depend on
 // the others in the batch nor on the card. The form follows from sizes, dtype, strides and addresses.
 #include "cuda/consensus_map.cuh"
+#include "cuda/consensus_map_fourteen.cuh"
 #include "cuda/consensus_map_seven.cuh"
 #include "cuda/consensus_map_tile.cuh"
 #include "cuda/device.cuh"
@@ -328,6 +329,12 @@ __device__ void backward(const ConsensusMapArguments &m) {
     M3EM_CONSENSUS_MAP(partial_##dtype##_7x7, m3em::SevenThreads, m3em::SevenForwardBlocks, m3em::partial_seven<T>)    \
     M3EM_CONSENSUS_MAP(finish_##dtype##_7x7, m3em::FinishThreads, 16, m3em::finish<T, m3em::FinishThreads, 7, 7, 3>)   \
     M3EM_CONSENSUS_MAP(backward_##dtype##_7x7, m3em::SevenThreads, m3em::SevenBackwardBlocks, m3em::backward_seven<T>)
+// Of 14x14 the chunks are put together by `finish` for any map.
+#define M3EM_CONSENSUS_MAP_FOURTEEN(dtype, T)                                                                          \
+    M3EM_CONSENSUS_MAP(partial_##dtype##_14x14, m3em::FourteenThreads, m3em::FourteenForwardBlocks,                    \
+                       m3em::partial_fourteen<T>)                                                                      \
+    M3EM_CONSENSUS_MAP(backward_##dtype##_14x14, m3em::FourteenThreads, m3em::FourteenBackwardBlocks,                  \
+                       m3em::backward_fourteen<T>)
 
 M3EM_CONSENSUS_MAP_ANY(f64, double)
 M3EM_CONSENSUS_MAP_ANY(f32, float)
@@ -336,3 +343,6 @@ M3EM_CONSENSUS_MAP_ANY(bf16, __nv_bfloat16)
 M3EM_CONSENSUS_MAP_SEVEN(f32, float)
 M3EM_CONSENSUS_MAP_SEVEN(f16, __half)
 M3EM_CONSENSUS_MAP_SEVEN(bf16, __nv_bfloat16)
+M3EM_CONSENSUS_MAP_FOURTEEN(f32, float)
+M3EM_CONSENSUS_MAP_FOURTEEN(f16, __half)
+M3EM_CONSENSUS_MAP_FOURTEEN(bf16, __nv_bfloat16)

@@ -27,6 +27,13 @@ constexpr int SevenForwardRows = 64, SevenBackwardRows = 32; // of each map in s
 constexpr int SevenGap = 16;
 // Words from row to row of what the backward adds: of the pitches tried, one that meets the fewest banks twice.
 __host__ __device__ constexpr int seven_pitch(int channels) { return channels == 1 ? 25 : 55; }
+
+// The kernels for 14x14 maps. A thread has two lines of a channel, so 126 threads have 18 channels.
+constexpr int FourteenThreads = 128, FourteenPositions = 196, FourteenStep = 18;
+constexpr int FourteenForwardBlocks = 3, FourteenBackwardBlocks = 3;
+// Channels of each map in shared memory at a time, in the forward. In the backward it is a step.
+__host__ __device__ constexpr int fourteen_tile(int element) { return FourteenStep * 4 / element; }
+
 // One wave of blocks, where a card holds one for every sample.
 constexpr int FinishThreads = 64;
 

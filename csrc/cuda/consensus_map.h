@@ -6,6 +6,9 @@
 namespace m3em {
 namespace {
 
+// Which kernels serve a call.
+enum class MapForm { any, seven, fourteen };
+
 struct ConsensusMapPlan {
     long long cells = 0, sums = 0;
     long long partial_bytes = 0, finish_bytes = 0, backward_bytes = 0; // of shared memory
@@ -13,27 +16,30 @@ struct ConsensusMapPlan {
     long long stats = 0;                                               // numbers of `stats` for every sample
 
     // Fills in how the channels are split. By D, H, W, the scales and the size of a number alone: a split that followed
-    // N or the card would change the order of sums with them. `element`: bytes of a number of the maps. `seven`: the
-    // kernels for 7x7 serve them.
-    ConsensusMapPlan(ConsensusMapArguments &m, int element, bool seven) : number(element == 8 ? 8 : 4) {
+    // N or the card would change the order of sums with them. `element`: bytes of a number of the maps.
+    ConsensusMapPlan(ConsensusMapArguments &m, int element, MapForm form) : number(element == 8 ? 8 : 4) {
         const long long positions = (long long)m.h * m.w;
         for (int k = 0; k < m.scales; ++k)
             cells += (long long)rows(m, k) * columns(m, k);
         sums = m.center ? 5 : 3;
         stats = 3 * cells + (m.center ? 2 * positions : 0);
         finish_bytes = number * cells;
-        if (seven)
+        if (form == MapForm::seven)
             split_seven(m, 4 / element);
+        else if (form == MapForm::fourteen)
+            split_fourteen(m, element);
         else
             split(m, element);
         m.chunks = (m.d + m.chunk - 1) / m.chunk;
         workspace = (long long)m.n * m.chunks * cells * sums;
     }
 
-    // Whether there are kernels for these sizes, if the maps hold their channels one after another in whole packs.
-    static bool seven_fits(const ConsensusMapArguments &m, int element) {
-        return element < 8 && m.h == 7 && m.w == 7 && m.scales == 3 && !m.center && m.d > 0 &&
-               (long long)m.d * element % 16 == 0;
+    // The kernels that there are for these sizes, if the maps hold their channels one after another in whole packs.
+    static MapForm form_of(const ConsensusMapArguments &m, int element) {
+        const bool packs = m.d > 0 && (long long)m.d * m.h * m.w * element % 16 == 0;
+        if (element == 8 || m.h != m.w || m.scales != 3 || m.center || !packs)
+            return MapForm::any;
+        return m.h == 7 ? MapForm::seven : m.h == 14 ? MapForm::fourteen : MapForm::any;
     }
 
 private:
@@ -63,6 +69,15 @@ private:
         partial_bytes = tiles(m.tile, 0) + windows + number * groups * cells * sums;
         backward_bytes = tiles(m.tile, positions + m.h * columns(m, 1)) + windows + number * 3 * cells +
                          4 * (m.scales - 1) * (m.h + m.w);
+    }
+
+    // Up to four chunks of eight steps or more each, so that what a block does once weighs little.
+    void split_fourteen(ConsensusMapArguments &m, int element) {
+        const int most = m.d / (8 * FourteenStep), parts = most < 1 ? 1 : most < 4 ? most : 4;
+        m.chunk = ((m.d + parts - 1) / parts + FourteenStep - 1) / FourteenStep * FourteenStep;
+        m.tile = fourteen_tile(element);
+        partial_bytes = 2LL * m.tile * FourteenPositions * element;
+        backward_bytes = 2LL * FourteenStep * FourteenPositions * element + 4 * (3 * cells + FourteenPositions + 14 * 10);
     }
 
     // `channels`: of a row.
