@@ -1,7 +1,9 @@
 """Faults for copies of the device code, and what the simulator and the sanitizers have to say of each."""
 
 WARPS = "tests/simt_warps.cpp"
-KERNEL, TILE, SEVEN = (f"csrc/cuda/consensus_map{part}" for part in (".cu", "_tile.cuh", "_seven.cuh"))
+KERNEL, TILE, SEVEN, FOURTEEN = (
+    f"csrc/cuda/consensus_map{part}" for part in (".cu", "_tile.cuh", "_seven.cuh", "_fourteen.cuh")
+)
 SLAB, PACKS = "csrc/cuda/slab.cuh", "csrc/cuda/pool_packs.cuh"
 RACE, OVERFLOW = "WARNING: ThreadSanitizer: data race", "ERROR: AddressSanitizer: heap-buffer-overflow"
 DIVERGENT = r"divergent barrier in block 0: thread 0 waits at the barrier of \S+{file}:\d+, thread {thread} {state}"
@@ -123,6 +125,48 @@ SEEDED = {
         "Rows * Pitch + 32, *const grad",
         "float16 seven few",
         {"address": [OVERFLOW, "WRITE of size 4", "make_seven_factors", "simt::launch"]},
+    ),
+    "14x14: a barrier is missing before windows are added up": (
+        FOURTEEN,
+        "        }\n        __syncthreads();\n        if (tid < FourteenThird",
+        "        }\n        if (tid < FourteenThird",
+        "float32 fourteen few",
+        {"thread": [RACE, "consensus_map_fourteen.cuh"]},
+    ),
+    "14x14: a barrier is missing before the next tile is copied": (
+        FOURTEEN,
+        "        if (first)\n            __syncthreads();\n",
+        "",
+        "float16 fourteen several tiles",
+        {"thread": [RACE, "simt::copy_later"]},
+    ),
+    "14x14: a barrier is missing before gradients take the place of what the windows pass on": (
+        FOURTEEN,
+        "        __syncthreads();\n        if (there) {\n            Few",
+        "        if (there) {\n            Few",
+        "float16 fourteen part of a tile",
+        {"thread": [RACE, "consensus_map_fourteen.cuh"]},
+    ),
+    "14x14: nobody waits for the copies": (
+        FOURTEEN,
+        "        await_copies();\n        __syncthreads();\n        Lines",
+        "        __syncthreads();\n        Lines",
+        "float32 fourteen few",
+        both(UNWAITED),
+    ),
+    "14x14: a read behind the end of a map": (
+        FOURTEEN,
+        "i < packs; i += Active",
+        "i <= packs; i += Active",
+        "float32 fourteen few",
+        {"address": [OVERFLOW, "READ of size 16", "simt::await_copies"]},
+    ),
+    "14x14: a write behind the end of shared memory": (
+        FOURTEEN,
+        "grad = factors + 3 * FourteenCells;",
+        "grad = factors + 3 * FourteenCells + 1;",
+        "float16 fourteen few",
+        {"address": [OVERFLOW, "WRITE of size 4", "make_fourteen_factors", "simt::launch"]},
     ),
     "a barrier is missing before the sums of the gates' gradients": (
         "csrc/cuda/channel_gate.cu",

@@ -119,8 +119,8 @@ FOURTEEN = {
         "        if (there) {\n            Few",
     ),
     "a barrier is missing before gradients are copied": (
-        "        __syncthreads();\n        constexpr int Wide",
-        "        constexpr int Wide",
+        "        __syncthreads();\n        // The next tile is copied",
+        "        // The next tile is copied",
     ),
     "some threads leave out a barrier": (
         "        }\n        __syncthreads();\n        if (tid < FourteenThird",

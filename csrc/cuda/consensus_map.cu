@@ -8,8 +8,9 @@
 //     d cos / d a  =  inv * b - ratio_a * a,     inv = 1 / (|a| |b|),  ratio_a = cos / |a|^2.
 //
 // These are the kernels for any map (the form `any`); those for 7x7 and 14x14 are in consensus_map_seven.cuh and
-// consensus_map_fourteen.cuh. Chunks and tiles depend on D, H, W, the dtype and the form alone, and every sum has one order, so a sample's result does not depend on
-// the others in the batch nor on the card. The form follows from sizes, dtype, strides and addresses.
+// consensus_map_fourteen.cuh. Chunks and tiles depend on D, H, W, the dtype and the form alone, and every sum has one
+// order, so a sample's result does not depend on the others in the batch nor on the card. The form follows from sizes,
+// dtype, strides and addresses.
 #include "cuda/consensus_map.cuh"
 #include "cuda/consensus_map_fourteen.cuh"
 #include "cuda/consensus_map_seven.cuh"

@@ -77,7 +77,8 @@ private:
         m.chunk = ((m.d + parts - 1) / parts + FourteenStep - 1) / FourteenStep * FourteenStep;
         m.tile = fourteen_tile(element);
         partial_bytes = 2LL * m.tile * FourteenPositions * element;
-        backward_bytes = 2LL * FourteenStep * FourteenPositions * element + 4 * (3 * cells + FourteenPositions + 14 * 10);
+        backward_bytes =
+            2LL * FourteenStep * FourteenPositions * element + 4 * (3 * cells + FourteenPositions + 14 * 10);
     }
 
     // `channels`: of a row.

@@ -227,7 +227,8 @@ __device__ void partial_fourteen(const ConsensusMapArguments &m) {
     }
 }
 
-// As make_factors in consensus_map.cu, which says what they are. `across`: over the columns of every line, 7 + 3 numbers.
+// As make_factors in consensus_map.cu, which says what they are. `across`: over the columns of every line, 7 + 3
+// numbers.
 template <class T>
 __device__ void make_fourteen_factors(const ConsensusMapArguments &m, long long n, float *grad, float *across,
                                       float *factors) {
@@ -284,10 +285,10 @@ __device__ void make_fourteen_factors(const ConsensusMapArguments &m, long long 
 // that takes only the upper line of the third pair or the lower one of the fifth.
 struct Arriving {
     float both[3], more[3];
-    bool above, below;
+    const bool above, below;
+    __device__ explicit Arriving(int pair) : both{}, more{}, above(pair == 2), below(pair == 4) {}
     // From where Third::to points in a channel.
     __device__ void load(const float *channel, int words, int pair) {
-        above = pair == 2, below = pair == 4;
 #pragma unroll
         for (int j = 0; j < 3; ++j) {
             both[j] = channel[(pair + 1) / 3 * words + 6 + j];
@@ -361,7 +362,7 @@ __device__ void backward_fourteen(const ConsensusMapArguments &m) {
                 at_a[third.to] = f[0] * vb - f[1] * va, at_b[third.to] = f[0] * va - f[2] * vb;
             }
         __syncthreads();
-        Arriving arriving_a, arriving_b;
+        Arriving arriving_a(pair), arriving_b(pair);
         if (there) {
             arriving_a.load(words_a + mine * Third<T>::Channel, Words, pair);
             arriving_b.load(words_b + mine * Third<T>::Channel, Words, pair);
@@ -384,12 +385,12 @@ __device__ void backward_fourteen(const ConsensusMapArguments &m) {
             lines_a.store(of_a), lines_b.store(of_b);
         }
         __syncthreads();
+        // The next tile is copied to where the same thread reads now.
         constexpr int Wide = 16 / sizeof(T);
         each_pack_of_two<T, Tile>(channels, [&](bool second, int i) {
             if (T *const to = second ? grad_b : grad_a)
                 store<Wide>(to + from + i, load<Wide>((second ? tile_b : tile_a) + i));
         });
-        __syncthreads();
     }
 }
 

@@ -34,6 +34,12 @@ const Shape sevens[] = {
     {"part of a tile", 2, 40, 7, 7, 3, false, Layout::contiguous, true},
     {"several tiles", 1, 520, 7, 7, 3, false, Layout::contiguous, false},
 };
+// And for those for 14x14: less than a step, a part of a tile in two samples, and two chunks of several tiles.
+const Shape fourteens[] = {
+    {"few", 1, 2, 14, 14, 3, false, Layout::contiguous, false},
+    {"part of a tile", 2, 22, 14, 14, 3, false, Layout::contiguous, true},
+    {"several tiles", 1, 290, 14, 14, 3, false, Layout::contiguous, false},
+};
 
 // The definition: maps of shape (N,D,H,W), one after the other, and the gradients by them.
 struct Definition {
@@ -112,21 +118,22 @@ void enter(const void *given) {
     kernel(*static_cast<const m3em::ConsensusMapArguments *>(given));
 }
 
-// The kernels for maps of one dtype: every shape, and 7x7.
+// The kernels for maps of one dtype: every shape, 7x7, and 14x14.
 template <class T>
 struct Kernels;
 #define KERNELS(T, dtype)                                                                                              \
     template <>                                                                                                        \
     struct Kernels<T> {                                                                                                \
-        static constexpr Stage any[] = {                                                                               \
-            {enter<consensus_map_partial_##dtype##_any>, m3em::MapThreads},                                            \
-            {enter<consensus_map_finish_##dtype##_any>, m3em::MapThreads},                                             \
-            {enter<consensus_map_backward_##dtype##_any>, m3em::MapThreads},                                           \
-        };                                                                                                             \
-        static constexpr Stage seven[] = {                                                                             \
-            {enter<consensus_map_partial_##dtype##_7x7>, m3em::SevenThreads},                                          \
-            {enter<consensus_map_finish_##dtype##_7x7>, m3em::FinishThreads},                                          \
-            {enter<consensus_map_backward_##dtype##_7x7>, m3em::SevenThreads},                                         \
+        static constexpr Stage of[][3] = {                                                                             \
+            {{enter<consensus_map_partial_##dtype##_any>, m3em::MapThreads},                                           \
+             {enter<consensus_map_finish_##dtype##_any>, m3em::MapThreads},                                            \
+             {enter<consensus_map_backward_##dtype##_any>, m3em::MapThreads}},                                         \
+            {{enter<consensus_map_partial_##dtype##_7x7>, m3em::SevenThreads},                                         \
+             {enter<consensus_map_finish_##dtype##_7x7>, m3em::FinishThreads},                                         \
+             {enter<consensus_map_backward_##dtype##_7x7>, m3em::SevenThreads}},                                       \
+            {{enter<consensus_map_partial_##dtype##_14x14>, m3em::FourteenThreads},                                    \
+             {enter<consensus_map_finish_##dtype##_any>, m3em::MapThreads},                                            \
+             {enter<consensus_map_backward_##dtype##_14x14>, m3em::FourteenThreads}},                                  \
         };                                                                                                             \
     };
 KERNELS(float, f32)
@@ -134,7 +141,7 @@ KERNELS(__half, f16)
 
 // `O` is the type of the result and of its gradient.
 template <class T, class O = T>
-Finding run(const Shape &s, bool seven, simt::Order order) {
+Finding run(const Shape &s, m3em::MapForm form, simt::Order order) {
     Tensor<T> a(s.n, s.d, s.h, s.w, s.layout), b(s.n, s.d, s.h, s.w, s.layout);
     Tensor<O> out(s.n, 1, s.h, s.w, Layout::contiguous), grad_out(s.n, 1, s.h, s.w, s.layout);
     // Gradients have the layout of the maps without the gaps.
@@ -154,12 +161,12 @@ Finding run(const Shape &s, bool seven, simt::Order order) {
     m.grad_a = map_of(grad_a), m.grad_b = s.only_a ? m3em::Map{} : map_of(grad_b);
     m.eps = 1e-8, m.center = s.center, m.scales = s.scales, m.wide = sizeof(O) != sizeof(T);
     m.n = int(s.n), m.d = int(s.d), m.h = int(s.h), m.w = int(s.w);
-    if (seven && !m3em::ConsensusMapPlan::seven_fits(m, sizeof(T)))
+    if (form != m3em::MapForm::any && form != m3em::ConsensusMapPlan::form_of(m, sizeof(T)))
         return "there are no kernels for it";
-    const m3em::ConsensusMapPlan plan(m, sizeof(T), seven);
+    const m3em::ConsensusMapPlan plan(m, sizeof(T), form);
     Buffer<float> partial(size_t(plan.workspace)), stats(size_t(s.n * plan.stats));
     m.partial = partial.data(), m.stats = stats.data();
-    const Stage *const stages = seven ? Kernels<T>::seven : Kernels<T>::any;
+    const Stage *const stages = Kernels<T>::of[static_cast<int>(form)];
     const long long chunks = s.n * m.chunks, blocks[] = {chunks, s.n, chunks};
     const long long shared[] = {plan.partial_bytes, plan.finish_bytes, plan.backward_bytes};
     for (int stage = 0; stage < 3; ++stage)
@@ -178,16 +185,23 @@ Finding run(const Shape &s, bool seven, simt::Order order) {
 }
 
 void run_all(const Check &check) {
-    const auto both = [&](const Shape &s, bool seven, const std::string &kernels) {
-        check("float32 " + kernels + s.name, [&](simt::Order order) { return run<float>(s, seven, order); });
-        check("float16 " + kernels + s.name, [&](simt::Order order) { return run<__half>(s, seven, order); });
+    using m3em::MapForm;
+    const auto both = [&](const Shape &s, MapForm form, const std::string &kernels) {
+        check("float32 " + kernels + s.name, [&](simt::Order order) { return run<float>(s, form, order); });
+        check("float16 " + kernels + s.name, [&](simt::Order order) { return run<__half>(s, form, order); });
     };
     for (const Shape &s : shapes)
-        both(s, false, "");
+        both(s, MapForm::any, "");
     for (const Shape &s : sevens)
-        both(s, true, "seven ");
-    check("float16 to float32", [](simt::Order order) { return run<__half, float>(shapes[3], false, order); });
-    check("float16 seven to float32", [](simt::Order order) { return run<__half, float>(sevens[0], true, order); });
+        both(s, MapForm::seven, "seven ");
+    for (const Shape &s : fourteens)
+        both(s, MapForm::fourteen, "fourteen ");
+    const auto wide = [&](const Shape &s, MapForm form, const std::string &kernels) {
+        check("float16 " + kernels + "to float32",
+              [&](simt::Order order) { return run<__half, float>(s, form, order); });
+    };
+    wide(shapes[3], MapForm::any, ""), wide(sevens[0], MapForm::seven, "seven ");
+    wide(fourteens[0], MapForm::fourteen, "fourteen ");
 }
 
 const Op op = {"consensus_map", run_all};
