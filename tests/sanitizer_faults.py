@@ -1,8 +1,8 @@
 """Faults for copies of the device code, and what the simulator and the sanitizers have to say of each."""
 
 WARPS = "tests/simt_warps.cpp"
-KERNEL, TILE, SEVEN, FOURTEEN = (
-    f"csrc/cuda/consensus_map{part}" for part in (".cu", "_tile.cuh", "_seven.cuh", "_fourteen.cuh")
+KERNEL, TILE, SEVEN, FOURTEEN, LINES = (
+    f"csrc/cuda/consensus_map{part}" for part in (".cu", "_tile.cuh", "_seven.cuh", "_fourteen.cuh", "_lines.cuh")
 )
 SLAB, PACKS = "csrc/cuda/slab.cuh", "csrc/cuda/pool_packs.cuh"
 RACE, OVERFLOW = "WARNING: ThreadSanitizer: data race", "ERROR: AddressSanitizer: heap-buffer-overflow"
@@ -155,7 +155,7 @@ SEEDED = {
         both(UNWAITED),
     ),
     "14x14: a read behind the end of a map": (
-        FOURTEEN,
+        LINES,
         "i < packs; i += Active",
         "i <= packs; i += Active",
         "float32 fourteen few",

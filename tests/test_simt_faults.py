@@ -98,13 +98,17 @@ FOURTEEN = {
         "of_third.bb;\n        __syncthreads();\n",
         "of_third.bb;\n",
     ),
+    "a barrier is missing before sums are stored": (
+        "    }\n    __syncthreads();\n    float *const to",
+        "    }\n    float *const to",
+    ),
     "a barrier is missing before the next sums take the place": (
         "        __syncthreads();\n        if (tid < FourteenActive)",
         "        if (e == 0)\n            __syncthreads();\n        if (tid < FourteenActive)",
     ),
     "a barrier is missing before the incoming gradient is read": (
-        "m.wide);\n    }\n    __syncthreads();\n",
-        "m.wide);\n    }\n",
+        "factors[i] = stats[i];\n    __syncthreads();\n",
+        "factors[i] = stats[i];\n",
     ),
     "backward: a barrier is missing before windows are added up": (
         "        __syncthreads();\n        float *const words_a",
@@ -140,23 +144,23 @@ FOURTEEN = {
     "the other map's ratio": ("second_a[k] = f[0] * vb - f[1] * va", "second_a[k] = f[0] * vb - f[2] * va"),
     "a neighbour is left out": ("of(i, x / 4 - 1) + of(i, x / 4)", "of(i, x / 4)"),
     "the other line of a pair": ("(i < 14 ? above : below)", "(i < 14 ? below : above)"),
-    "a pack of one gradient is not written": (
-        "second ? grad_b : grad_a)\n",
-        "second ? i ? grad_b : nullptr : grad_a)\n",
-    ),
+    "a pack of one gradient is not written": ("        if (to)\n", "        if (to && (!second || first))\n"),
 }
-# By the kernels' file: the maps' side, and channels of which one chunk has several tiles and a part of one.
-FILES = {
-    "seven": (SEVEN, 7, ((torch.float32, 300), (torch.float16, 648))),
-    "fourteen": (FOURTEEN, 14, ((torch.float32, 100), (torch.float16, 100))),
+# By the maps' side: the kernels' files, and channels of which one chunk has several tiles and a part of one.
+CASES = {
+    7: (SEVEN, ["seven"], ((torch.float32, 300), (torch.float16, 648))),
+    14: (FOURTEEN, ["fourteen", "lines"], ((torch.float32, 100), (torch.float16, 100))),
 }
 
 
-@pytest.mark.parametrize(("name", "fault"), [(name, fault) for name in FILES for fault in FILES[name][0]])
-def test_a_seeded_fault_is_caught(tmp_path, monkeypatch, name, fault):
+@pytest.mark.parametrize(("side", "fault"), [(side, fault) for side in CASES for fault in CASES[side][0]])
+def test_a_seeded_fault_is_caught(tmp_path, monkeypatch, side, fault):
     monkeypatch.setattr(backends, "simulated", None)
-    seeded, side, sizes = FILES[name]
-    broken = simt_cases.with_fault(tmp_path, "consensus_map", f"cuda/consensus_map_{name}.cuh", *seeded[fault])
+    seeded, names, sizes = CASES[side]
+    right, wrong = seeded[fault]
+    files = [f"cuda/consensus_map_{name}.cuh" for name in names]
+    (path,) = [file for file in files if right in (simt_cases.ROOT / "csrc" / file).read_text()]
+    broken = simt_cases.with_fault(tmp_path, "consensus_map", path, right, wrong)
     for dtype, d in sizes:
         tensors = random_tensors(CALL, 1, d, side, side, dtype)
         assert simt_cases.orders_that_catch(broken, lambda given=tensors: check("simt", CALL, given)), dtype

@@ -334,7 +334,7 @@ __device__ void backward(const ConsensusMapArguments &m) {
 #define M3EM_CONSENSUS_MAP_FOURTEEN(dtype, T)                                                                          \
     M3EM_CONSENSUS_MAP(partial_##dtype##_14x14, m3em::FourteenThreads, m3em::FourteenForwardBlocks,                    \
                        m3em::partial_fourteen<T>)                                                                      \
-    M3EM_CONSENSUS_MAP(backward_##dtype##_14x14, m3em::FourteenThreads, m3em::FourteenBackwardBlocks,                  \
+    M3EM_CONSENSUS_MAP(backward_##dtype##_14x14, m3em::FourteenThreads, m3em::fourteen_backward_blocks(sizeof(T)),     \
                        m3em::backward_fourteen<T>)
 
 M3EM_CONSENSUS_MAP_ANY(f64, double)

@@ -30,7 +30,8 @@ __host__ __device__ constexpr int seven_pitch(int channels) { return channels ==
 
 // The kernels for 14x14 maps. A thread has two lines of a channel, so 126 threads have 18 channels.
 constexpr int FourteenThreads = 128, FourteenPositions = 196, FourteenStep = 18;
-constexpr int FourteenForwardBlocks = 3, FourteenBackwardBlocks = 3;
+constexpr int FourteenForwardBlocks = 3;
+__host__ __device__ constexpr int fourteen_backward_blocks(int element) { return element == 4 ? 3 : 4; }
 // Channels of each map in shared memory at a time, in the forward. In the backward it is a step.
 __host__ __device__ constexpr int fourteen_tile(int element) { return FourteenStep * 4 / element; }
 

@@ -7,130 +7,12 @@
 // three threads leave behind, two whole pairs of lines and a third one, or the one line of it that the window takes.
 #pragma once
 
-#include "cuda/async.cuh"
+#include "cuda/consensus_map_lines.cuh"
 #include "cuda/scales.cuh"
-#include "cuda/slab.cuh"
 #include "cuda/sums.cuh"
 
 namespace m3em {
 namespace {
-
-constexpr int FourteenPairs = 7, FourteenPair = 28; // pairs of lines, and the numbers of one
-constexpr int FourteenActive = FourteenStep * FourteenPairs;
-constexpr int FourteenOwn = FourteenPair + 7; // positions and cells of the second scale that a thread has
-constexpr int FourteenSecond = 49, FourteenThird = 9;
-constexpr int FourteenCells = FourteenPositions + FourteenSecond + FourteenThird;
-constexpr int FourteenLanes = 14; // threads that share a cell of the third scale
-
-// body(whether it is of the second map, where the pack begins) for all packs of both maps in a tile of `count`
-// channels, at most Channels. Half of the threads takes a map.
-template <class T, int Channels, class Body>
-__device__ inline void each_pack_of_two(int count, const Body &body) {
-    constexpr int Wide = 16 / sizeof(T), Half = FourteenThreads / 2, Active = 63;
-    constexpr int Turns = Channels * FourteenPositions / Wide / Active;
-    static_assert(Turns * Active * Wide == Channels * FourteenPositions, "a tile is whole turns");
-    const bool second = int(threadIdx.x) >= Half;
-    const int lane = int(threadIdx.x) % Half, packs = count * FourteenPositions / Wide;
-    if (lane >= Active)
-        return;
-    if (count == Channels) {
-#pragma unroll
-        for (int k = 0; k < Turns; ++k)
-            body(second, (lane + k * Active) * Wide);
-    } else {
-#pragma unroll 1
-        for (int i = lane; i < packs; i += Active)
-            body(second, i * Wide);
-    }
-}
-
-template <class T, int Channels>
-__device__ inline void copy_two(const T *a, const T *b, T *tile_a, T *tile_b, int count) {
-    each_pack_of_two<T, Channels>(
-        count, [&](bool second, int i) { copy_pack((second ? tile_b : tile_a) + i, (second ? b : a) + i); });
-}
-
-// The four positions of cell k of the second scale.
-__device__ constexpr int place_in_lines(int k, int i) { return 2 * k + i % 2 + i / 2 * 14; }
-
-// Two lines of a channel.
-template <class T>
-struct Lines {
-    Few<T, 4> unit[FourteenPair / 4];
-    __device__ void load(const T *from) {
-#pragma unroll
-        for (int i = 0; i < FourteenPair / 4; ++i)
-            unit[i] = m3em::load<4>(from + 4 * i);
-    }
-    __device__ void store(T *to) const {
-#pragma unroll
-        for (int i = 0; i < FourteenPair / 4; ++i)
-            m3em::store<4>(to + 4 * i, unit[i]);
-    }
-    __device__ float operator[](int i) const { return widen(unit[i / 4].at[i % 4]); }
-    __device__ void cell(int k, float *four) const {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            four[i] = (*this)[place_in_lines(k, i)];
-    }
-    __device__ void set(int i, float x) { unit[i / 4].at[i % 4] = narrow<T>(x); }
-};
-
-// What two lines have in the windows of the third scale: positions 0-4, 4-9 and 9-13 of each.
-struct Windows {
-    float upper[3], lower[3];
-    __device__ Windows() : upper{}, lower{} {}
-    // Positions 2k and 2k+1 of a line, and their sum.
-    static __device__ void add(int k, float first, float second, float sum, float *to) {
-        if (k <= 2)
-            to[0] += k < 2 ? sum : first;
-        if (k >= 2 && k <= 4)
-            to[1] += sum;
-        if (k >= 4)
-            to[2] += k > 4 ? sum : second;
-    }
-    // Takes up a cell of the second scale, positions 2k and 2k+1 of both lines; returns their mean.
-    __device__ float take(int k, const float *four) {
-        const float above = four[0] + four[1], below = four[2] + four[3];
-        add(k, four[0], four[1], above, upper), add(k, four[2], four[3], below, lower);
-        return 0.25f * (above + below);
-    }
-    // Six words: of both lines, and of the line that one more window takes, the upper one of the third pair and the
-    // lower one of the fifth.
-    __device__ void leave(int pair, float *to) const {
-        float edge[3];
-#pragma unroll
-        for (int j = 0; j < 3; ++j)
-            edge[j] = pair == 2 ? upper[j] : lower[j];
-        store<2>(to, Few<float, 2>{upper[0] + lower[0], upper[1] + lower[1]});
-        store<2>(to + 2, Few<float, 2>{upper[2] + lower[2], edge[0]});
-        store<2>(to + 4, Few<float, 2>{edge[1], edge[2]});
-    }
-};
-
-// One cell of the third scale.
-template <class T>
-struct Third {
-    static constexpr int Words = FourteenPair * sizeof(T) / 4, Channel = FourteenPairs * Words;
-    int at[3]; // words of a channel that its window adds up
-    int to;    // words that are free for a result
-    float share;
-    __device__ explicit Third(int cell) {
-        const int i = cell / 3, j = cell - 3 * i;
-#pragma unroll
-        for (int k = 0; k < 3; ++k)
-            at[k] = (2 * i + k) * Words + j;
-        if (i == 0)
-            at[2] += 3;
-        if (i == 2)
-            at[0] += 3;
-        to = i * Words + j + 6;
-        share = 1.0f / float((i == 1 ? 6 : 5) * (j == 1 ? 6 : 5));
-    }
-    __device__ float mean(const float *channel) const {
-        return (channel[at[0]] + channel[at[1]] + channel[at[2]]) * share;
-    }
-};
 
 // Sums of one chunk of one sample.
 template <class T>
@@ -140,7 +22,9 @@ __device__ void partial_fourteen(const ConsensusMapArguments &m) {
     T *const tile_a = reinterpret_cast<T *>(memory), *const tile_b = tile_a + Tile * FourteenPositions;
     const int tid = threadIdx.x, pair = tid % FourteenPairs, group = tid % FourteenLanes;
     const Part part(m.chunk, m.chunks, m.d);
-    const T *a = sample_of<const T>(m.a, part.n, part.c0), *b = sample_of<const T>(m.b, part.n, part.c0);
+    const bool second = of_second_map();
+    const T *from = sample_of<const T>(second ? m.b : m.a, part.n, part.c0);
+    T *const copied = second ? tile_b : tile_a;
     const Third<T> third(tid / FourteenLanes);
     float own[3][FourteenOwn] = {}; // a*b, a*a, b*b
     Sums<float> of_third;
@@ -148,10 +32,10 @@ __device__ void partial_fourteen(const ConsensusMapArguments &m) {
 #pragma unroll 1
     for (int first = 0; first < part.count; first += Tile) {
         const int channels = part.count - first < Tile ? part.count - first : Tile;
-        const long long from = (long long)first * FourteenPositions;
         if (first)
             __syncthreads();
-        copy_two<T, Tile>(a + from, b + from, tile_a, tile_b, channels);
+        each_pack_of_half<T, Tile>(channels, [&](int i) { copy_pack(copied + i, from + i); });
+        from += Tile * FourteenPositions;
         await_copies();
         __syncthreads();
 #pragma unroll 1
@@ -194,8 +78,9 @@ __device__ void partial_fourteen(const ConsensusMapArguments &m) {
             }
     }
     // What threads have, side by side: [channel of a step][pair][its own], and of the third scale [cell][lane][3].
+    // Then the sums as they are stored.
     float *const all = reinterpret_cast<float *>(memory), *const thirds = all + FourteenActive * FourteenOwn;
-    float *const to = static_cast<float *>(m.partial) + (long long)blockIdx.x * 3 * FourteenCells;
+    float *const sums = thirds + 3 * FourteenThird * FourteenLanes;
 #pragma unroll
     for (int e = 0; e < 3; ++e) {
         __syncthreads();
@@ -214,7 +99,7 @@ __device__ void partial_fourteen(const ConsensusMapArguments &m) {
             for (int c = 0; c < FourteenStep; ++c)
                 sum += all[c * FourteenPairs * FourteenOwn + item];
             const int cell = i < FourteenPair ? of * FourteenPair + i : FourteenPositions + of * 7 + i - FourteenPair;
-            to[3 * cell + e] = sum;
+            sums[3 * cell + e] = sum;
         }
         if (e == 0 && tid < 3 * FourteenThird) {
             const int cell = tid / 3;
@@ -222,9 +107,13 @@ __device__ void partial_fourteen(const ConsensusMapArguments &m) {
 #pragma unroll
             for (int lane = 0; lane < FourteenLanes; ++lane)
                 sum += thirds[3 * (cell * FourteenLanes + lane) + tid - 3 * cell];
-            to[3 * (FourteenPositions + FourteenSecond) + tid] = sum;
+            sums[3 * (FourteenPositions + FourteenSecond) + tid] = sum;
         }
     }
+    __syncthreads();
+    float *const to = static_cast<float *>(m.partial) + (long long)blockIdx.x * 3 * FourteenCells;
+    for (int i = tid; i < 3 * FourteenCells; i += FourteenThreads)
+        to[i] = sums[i];
 }
 
 // As make_factors in consensus_map.cu, which says what they are. `across`: over the columns of every line, 7 + 3
@@ -240,6 +129,8 @@ __device__ void make_fourteen_factors(const ConsensusMapArguments &m, long long 
         grad[q] = read<T, float>(
             m.grad_out.data, n * m.grad_out.stride[0] + y * m.grad_out.stride[2] + x * m.grad_out.stride[3], m.wide);
     }
+    for (int i = tid; i < 3 * FourteenCells; i += FourteenThreads)
+        factors[i] = stats[i];
     __syncthreads();
     // What a cell of the second scale, of the third one, has of fourteen numbers.
     const auto of_seven = [](const float *from, int step, int cell) {
@@ -272,11 +163,11 @@ __device__ void make_fourteen_factors(const ConsensusMapArguments &m, long long 
             sum = 0.25f * of_seven(second + i % 7, 7, i / 7);
         else
             sum = of_three(third + j % 3, 3, j / 3) * Third<T>(j).share;
-        const float inverse = stats[3 * cell], ratio_a = stats[3 * cell + 1], ratio_b = stats[3 * cell + 2];
-        const bool dead = inverse == 0 && ratio_a == 0 && ratio_b == 0;
-        factors[3 * cell] = dead ? 0.0f : sum * inverse;
-        factors[3 * cell + 1] = dead ? 0.0f : sum * ratio_a;
-        factors[3 * cell + 2] = dead ? 0.0f : sum * ratio_b;
+        float *const three = factors + 3 * cell;
+        const bool dead = three[0] == 0 && three[1] == 0 && three[2] == 0;
+#pragma unroll
+        for (int e = 0; e < 3; ++e)
+            three[e] = dead ? 0.0f : sum * three[e];
     }
     __syncthreads();
 }
@@ -316,18 +207,19 @@ __device__ void backward_fourteen(const ConsensusMapArguments &m) {
     const int cell = tid / FourteenLanes;
     const Third<T> third(cell);
     const Part part(m.chunk, m.chunks, m.d);
-    const T *a = sample_of<const T>(m.a, part.n, part.c0), *b = sample_of<const T>(m.b, part.n, part.c0);
-    T *const grad_a = m.grad_a.data ? sample_of<T>(m.grad_a, part.n, part.c0) : nullptr;
-    T *const grad_b = m.grad_b.data ? sample_of<T>(m.grad_b, part.n, part.c0) : nullptr;
+    const bool second = of_second_map();
+    const Map &map = second ? m.b : m.a, &gradient = second ? m.grad_b : m.grad_a;
+    const T *from = sample_of<const T>(map, part.n, part.c0);
+    T *to = gradient.data ? sample_of<T>(gradient, part.n, part.c0) : nullptr;
+    T *const copied = second ? tile_b : tile_a;
     T *const of_a = tile_a + tid * FourteenPair, *const of_b = tile_b + tid * FourteenPair;
     const float *const own = factors + 3 * FourteenPair * pair;
     const float *const own_second = factors + 3 * (FourteenPositions + 7 * pair);
 #pragma unroll 1
     for (int first = 0; first < part.count; first += Tile) {
         const int channels = part.count - first < Tile ? part.count - first : Tile;
-        const long long from = (long long)first * FourteenPositions;
         const bool there = tid < FourteenActive && mine < channels;
-        copy_two<T, Tile>(a + from, b + from, tile_a, tile_b, channels);
+        each_pack_of_half<T, Tile>(channels, [&](int i) { copy_pack(copied + i, from + i); });
         if (first == 0) // while the tiles are on their way
             make_fourteen_factors<T>(m, part.n, grad, grad + FourteenPositions, factors);
         await_copies();
@@ -387,10 +279,9 @@ __device__ void backward_fourteen(const ConsensusMapArguments &m) {
         __syncthreads();
         // The next tile is copied to where the same thread reads now.
         constexpr int Wide = 16 / sizeof(T);
-        each_pack_of_two<T, Tile>(channels, [&](bool second, int i) {
-            if (T *const to = second ? grad_b : grad_a)
-                store<Wide>(to + from + i, load<Wide>((second ? tile_b : tile_a) + i));
-        });
+        if (to)
+            each_pack_of_half<T, Tile>(channels, [&](int i) { store<Wide>(to + i, load<Wide>(copied + i)); });
+        from += Tile * FourteenPositions, to = to ? to + Tile * FourteenPositions : nullptr;
     }
 }
 
