@@ -167,8 +167,6 @@ def usages(log: str) -> dict[str, Usage]:
 
 def plan(op: str, form: str, dtype: str, csrc: Path) -> dict[str, int]:
     """What the host's plan says for a shape, by name; a stage's shared memory by the name of the stage."""
-    if op not in PLANS:
-        raise Broken(f"csrc/cuda/{op}.cu has no plan in bench/cuda_report.py, so its shared memory is not known.")
     kind, channels, more, asked = PLANS[op]
     name = op.title().replace("_", "")
     source = PROGRAM.format(op=op, name=name, form=kind, channels=channels, more=more, values=", ".join(asked))
@@ -197,13 +195,15 @@ def measure(csrc: Path = ROOT / "csrc") -> tuple[list[Kernel], dict[str, dict[st
     used: dict[str, dict[str, Usage]] = {}
     for path in sorted((csrc / "cuda").glob("*.cu")):
         op, source, name = path.stem, path.read_text(), f"csrc/cuda/{path.name}"
+        if op not in PLANS:
+            raise Broken(f"{name} has no plan in bench/cuda_report.py, so its shared memory is not known.")
         ptx = nvrtc.cached(compiler, source, name, "compute_80", headers).image.decode()
         plans: dict[tuple[str, str], dict[str, int]] = {}
         for entry, threads in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx):
-            forms = FORMS.get(op, ())
-            parts = re.fullmatch(rf"{op}_(\w+)_(f64|f32|f16|bf16)_({'|'.join(forms)})", entry)
+            parts = re.fullmatch(rf"{op}_(\w+)_(f64|f32|f16|bf16)_({'|'.join(FORMS[op])})", entry)
             if not parts:
-                raise Broken(f"{name} has a kernel {entry}; {op}_<stage>_<dtype>_<{' or '.join(forms)}> was expected.")
+                forms = " or ".join(FORMS[op])
+                raise Broken(f"{name} has a kernel {entry}; {op}_<stage>_<dtype>_<{forms}> was expected.")
             stage, dtype, form = parts.groups()
             kind = (dtype, form)
             if kind not in plans:
