@@ -9,6 +9,7 @@ import m3em_fast
 import simt_cases
 from m3em_fast.nn import MutualEnhancement
 from m3em_fast.ops import _gated_projection_cuda
+from m3em_fast.ops._gated_projection_cuda import ALIGNMENT
 
 SPATIAL, VECTOR = {"RGB": 24, "Flow": 24}, {"Audio": 10}
 N, D, PART = 6, 5, 2
@@ -50,12 +51,12 @@ def flat(enhanced):
 
 @pytest.fixture
 def small_workspace(monkeypatch):
-    """Room for two samples, in whatever dtype the parameters have."""
+    """Room for two samples, in whatever dtype the parameters have. Returns the bytes of such a gated operand."""
 
-    def set_for(module):
-        size = PART * 2 * 24 * 49 * next(module.parameters()).element_size()
-        monkeypatch.setattr(_gated_projection_cuda, "WORKSPACE", size)
-        return size
+    def set_for(module, layout=torch.contiguous_format):
+        size, unit = next(module.parameters()).element_size(), 1 if layout == torch.channels_last else ALIGNMENT
+        monkeypatch.setattr(_gated_projection_cuda, "WORKSPACE", PART * 2 * 24 * 49 * size)
+        return 2 * 24 * -(-PART * 49 * size // unit) * unit
 
     return set_for
 
@@ -167,22 +168,24 @@ def test_without_gradients_nothing_more_is_launched(driver, small_workspace):
 def test_no_gated_tensor_and_no_copy_of_the_features(small_workspace, dtype, beside, layout, frozen):
     """The gated tensor would take three times the workspace, and a copy of a map more than half of it."""
     module, features = make(dtype, beside, layout, frozen)
-    workspace = small_workspace(module)
+    workspace = small_workspace(module, layout)
     x, leaves = VALUES * dtype.itemsize, leaves_of(module, features)
     latent, half = N * D * 49 * (beside or dtype).itemsize, workspace // 2
     assert x > half
     with Memory() as forward:
         out = flat(module(features))
     assert forward.at_least(half) == [workspace] * len(SPATIAL)
-    assert forward.peak <= forward.left + workspace
+    # Row-major products are made in the same order as the operand, one part at a time.
+    product = 0 if layout == torch.channels_last else workspace // (2 * 24) * D
+    assert forward.peak <= forward.left + workspace + product
     with Memory() as backward:
         gradients = torch.autograd.grad(out, leaves, grads_for(out))
     big = Counter(backward.at_least(half))
-    # The gated operand's gradient, then the operand once more for the weight, in parts.
-    wanted = Counter({workspace: len(SPATIAL) * 2})
+    # In parts the gated operand's gradient and, in the same memory, the operand once more for the weight.
+    wanted = Counter({workspace: len(SPATIAL)})
     if frozen:
-        # And the gradient of the latent map, once more in the order that the product for the weight takes.
-        assert backward.peak <= workspace + 2 * latent
+        # And the gradient of the latent map, of a part once more in the order that products take.
+        assert backward.peak <= workspace + latent + product
     else:
         # By two of the three ops that read a map: that of the plain mean is one number a channel.
         wanted[x] += 2 * len(SPATIAL)

@@ -3,6 +3,11 @@
 Folded weights, the way of the CPU, would be one matrix a sample: 1.8 GB at the paper's step in float16, against 0.17 GB
 of x. The gated operand is twice x, and as it is made in parts it never takes more than ``WORKSPACE``. What is faster
 than this has to multiply on the tensor cores itself; docs/decisions.md has the arithmetic.
+
+A plane of 7x7 half numbers is 98 bytes, and a matrix whose rows begin at any multiple of two bytes is read by the
+libraries' slowest kernels. So in row-major memory the positions of all samples of a part stand side by side, as the
+columns of one matrix whose rows begin at multiples of ``ALIGNMENT``. channels_last memory is such a matrix already, and
+planes of whole multiples need none.
 """
 
 from __future__ import annotations
@@ -24,12 +29,19 @@ Gate = Callable[[Tensor, Sequence[Tensor], Tensor], None]
 GateBackward = Callable[[Any, Sequence[Any], Tensor, Sequence[Any]], None]
 
 WORKSPACE = 64 << 20
-"""Bytes of gated operand, and of its gradient, that there are at a time; a sample that takes more is on its own."""
+"""Bytes of gated operand, or of its gradient, that there are at a time; a sample that takes more is on its own."""
+
+ALIGNMENT = 16
+"""Bytes: where rows of a matrix begin for products at full speed."""
 
 
-def _parts(n: int, sample: int) -> Iterator[slice]:
-    """Samples 0 .. n in parts of as many as the workspace holds, ``sample`` bytes each."""
-    step = max(1, WORKSPACE // sample)
+def _parts(x: Tensor | Form, weight: Tensor | Form) -> Iterator[slice]:
+    """The samples in parts of as many as the workspace holds, if it can be as many as fill the columns of a matrix."""
+    n, _, h, w = x.shape
+    unit = ALIGNMENT // weight.dtype.itemsize
+    step = max(1, WORKSPACE // (weight.shape[1] * h * w * weight.dtype.itemsize))
+    if step > unit:
+        step -= step % unit
     for start in range(0, n, step):
         yield slice(start, min(n, start + step))
 
@@ -49,9 +61,32 @@ def _planes(t: Tensor) -> Tensor:
     return t.reshape(*t.shape[:2], -1)
 
 
-def _size(x: Tensor | Form, weight: Tensor | Form) -> int:
-    _, _, h, w = x.shape
-    return weight.shape[1] * h * w * weight.dtype.itemsize
+class _Room:
+    """Memory for the matrices of one part after another, which is made for the first part and its dtype and device."""
+
+    def __init__(self, like: Tensor, channels: int, last: bool) -> None:
+        self._like, self._channels, self._last = like, channels, last
+        self._memory: Tensor | None = None
+
+    def __call__(self, samples: int, fill: bool = False) -> tuple[Tensor, Tensor]:
+        """A matrix, and what of it is maps (samples, channels, H, W).
+
+        (samples*H*W, channels) for channels_last, else (channels, at least samples*H*W); ``fill``: what is more is 0.
+        """
+        h, w = self._like.shape[2:]
+        count, channels = samples * h * w, self._channels
+        unit = 1 if self._last else ALIGNMENT // self._like.dtype.itemsize
+        pitch = -(-count // unit) * unit
+        if self._memory is None:
+            self._memory = self._like.new_empty(channels * pitch)
+        memory = self._memory[: channels * pitch]
+        if self._last:
+            matrix = memory.view(count, channels)
+            return matrix, matrix.view(samples, h, w, channels).permute(0, 3, 1, 2)
+        matrix = memory.view(channels, pitch)
+        if fill and pitch > count:
+            matrix[:, count:].zero_()
+        return matrix, matrix[:, :count].unflatten(1, (samples, h, w)).transpose(0, 1)
 
 
 def kernels(gate: Gate, gate_backward: GateBackward, refuses: Any = None) -> Kernels:
@@ -67,25 +102,38 @@ def _form(options: tuple, tensors: Sequence[Any]) -> tuple[Tensor, Sequence[Tens
 def _forward(gate_all: Gate, options: tuple, tensors: Sequence[Any], saves: bool) -> tuple[Tensor, Sequence[Tensor]]:
     x, *gates, weight, bias = tensors
     out = _cuda.empty_beside(x, weight.shape[0], weight.dtype)
-    last = is_channels_last(out)
+    last, (h, w) = is_channels_last(out), out.shape[2:]
+    planes = not last and h * w * weight.dtype.itemsize % ALIGNMENT == 0
+    operand, product = _Room(out, weight.shape[1], last), _Room(out, weight.shape[0], last)
     workspace: Tensor | None = None
-    for part in _parts(x.shape[0], _size(x, weight)):
-        if workspace is None:
-            workspace = _cuda.empty_beside(x[part], weight.shape[1], weight.dtype)
+    for part in _parts(x, weight):
         to = out[part]
-        gated = workspace[: to.shape[0]]
+        if planes:
+            if workspace is None:
+                workspace = _cuda.empty_beside(x[part], weight.shape[1], weight.dtype)
+            gated = workspace[: len(to)]
+        else:
+            matrix, gated = operand(len(to))
         gate_all(x[part], [gate[part] for gate in gates], gated)
         # With `out` a product is what it is under autocast too.
-        if last and bias is not None:
-            torch.addmm(bias, _rows(gated), weight.t(), out=_rows(to))
-        elif last:
-            torch.mm(_rows(gated), weight.t(), out=_rows(to))
-        else:
-            weights, planes = weight.expand(len(to), -1, -1), _planes(to)
+        if last:
             if bias is None:
-                torch.bmm(weights, _planes(gated), out=planes)
+                torch.mm(matrix, weight.t(), out=_rows(to))
             else:
-                torch.baddbmm(bias[:, None].expand(planes.shape), weights, _planes(gated), out=planes)
+                torch.addmm(bias, matrix, weight.t(), out=_rows(to))
+        elif planes:
+            weights, into = weight.expand(len(to), -1, -1), _planes(to)
+            if bias is None:
+                torch.bmm(weights, _planes(gated), out=into)
+            else:
+                torch.baddbmm(bias[:, None].expand(into.shape), weights, _planes(gated), out=into)
+        else:
+            made, maps = product(len(to))
+            torch.mm(weight, matrix, out=made)
+            if bias is None:
+                to.copy_(maps)
+            else:
+                torch.add(maps, bias[:, None, None], out=to)
     return out, ()
 
 
@@ -98,70 +146,39 @@ def _backward(
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> Sequence[Tensor | None]:
+    """The gradient of the gated operand, then the operand once more for that of the weight, with all positions of all
+    samples of a part as the inner dimension of one product. Parts are added in the accumulation type, rounded once.
+    """
     x, *gates, weight, bias = tensors
     grads = _cuda.gradients_of(grad, [x, *gates], needs[:-2])
-    if any(needs[:-2]):
-        _backward_inputs(gate_backward, grad, x, gates, weight, grads)
-    grad_weight = _backward_weight(gate_all, grad, x, gates, weight) if needs[-2] else None
+    last, wide = is_channels_last(grad), reference.accumulation_dtype(weight.dtype)
+    operand, arriving = _Room(grad, weight.shape[1], last), _Room(grad, weight.shape[0], last)
+    grad_weight: Tensor | None = None
+    for part in _parts(x, weight) if any(needs[:-1]) else ():
+        given = grad[part]
+        if last:
+            rows = _rows(given)
+        else:
+            rows, maps = arriving(len(given), fill=True)
+            maps.copy_(given)
+        if any(needs[:-2]):
+            matrix, gated = operand(len(given))
+            torch.mm(*((rows, weight) if last else (weight.t(), rows)), out=matrix)
+            gate_backward(_cut(x, part), [_cut(g, part) for g in gates], gated, [_cut(g, part) for g in grads])
+        if needs[-2]:
+            matrix, gated = operand(len(given), fill=True)
+            gate_all(x[part], [gate[part] for gate in gates], gated)
+            product = grad.new_empty(weight.shape)
+            torch.mm(*((rows.t(), matrix) if last else (rows, matrix.t())), out=product)
+            if len(given) == len(grad):
+                grad_weight = product
+            elif grad_weight is None:
+                grad_weight = product.to(wide)
+            else:
+                grad_weight.add_(product)
+    if needs[-2]:
+        grad_weight = grad.new_zeros(weight.shape) if grad_weight is None else grad_weight.to(weight.dtype)
     grad_bias = None
     if needs[-1]:
         grad_bias = grad.sum((0, 2, 3), dtype=reference.accumulation_dtype(bias.dtype)).to(bias.dtype)
     return [*grads, grad_weight, grad_bias]
-
-
-def _backward_inputs(
-    gate_backward: GateBackward,
-    grad: Tensor,
-    x: Tensor | Form,
-    gates: Sequence[Tensor | Form],
-    weight: Tensor,
-    grads: Sequence[Tensor | None],
-) -> None:
-    """Gradients of x and the gates, through that of the gated operand."""
-    n, _, h, w = x.shape
-    last = is_channels_last(grad)
-    layout = torch.channels_last if last else torch.contiguous_format
-    workspace: Tensor | None = None
-    for part in _parts(n, _size(x, weight)):
-        given = grad[part]
-        if workspace is None:
-            sizes = (len(given), weight.shape[1], h, w)
-            workspace = torch.empty(sizes, dtype=weight.dtype, device=grad.device, memory_format=layout)
-        gated = workspace[: len(given)]
-        if last:
-            torch.mm(_rows(given), weight, out=_rows(gated))
-        else:
-            torch.bmm(weight.t().expand(len(given), -1, -1), _planes(given), out=_planes(gated))
-        gate_backward(_cut(x, part), [_cut(g, part) for g in gates], gated, [_cut(g, part) for g in grads])
-
-
-def _backward_weight(gate_all: Gate, grad: Tensor, x: Tensor, gates: Sequence[Tensor], weight: Tensor | Form) -> Tensor:
-    """The gated operand once more, with all positions of all samples of a part as the inner dimension of one product.
-
-    Parts are added in the accumulation type and rounded once.
-    """
-    n, _, h, w = x.shape
-    last, channels = is_channels_last(grad), weight.shape[1]
-    workspace = total = None
-    for part in _parts(n, _size(x, weight)):
-        given = grad[part]
-        count = len(given) * h * w
-        if workspace is None:
-            workspace = given.new_empty(count * channels)
-        if last:
-            operand = workspace[: count * channels].view(count, channels)
-            gated = operand.view(len(given), h, w, channels).permute(0, 3, 1, 2)
-        else:
-            operand = workspace[: count * channels].view(channels, count)
-            gated = operand.view(channels, len(given), h, w).transpose(0, 1)
-        gate_all(x[part], [gate[part] for gate in gates], gated)
-        product = grad.new_empty(weight.shape)
-        if last:
-            torch.mm(_rows(given).t(), operand, out=product)
-        else:
-            torch.mm(given.transpose(0, 1).reshape(weight.shape[0], -1), operand.t(), out=product)
-        if len(given) == n:
-            return product
-        wide = product.to(reference.accumulation_dtype(weight.dtype))
-        total = wide if total is None else total.add_(wide)
-    return grad.new_zeros(weight.shape) if total is None else total.to(weight.dtype)
