@@ -86,6 +86,8 @@ _TRITON_FIRST = ("triton", "cuda", "reference")
 _QUICK = ("auto", "cpu")
 _peek_transform = torch._C._functorch.peek_interpreter_stack
 _count_modes = torch._C._len_torch_dispatch_stack
+_recording = torch._C._get_tracing_state
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # by is_grads_batched=True, which is no transform
 
 
 def _checked(name: str, origin: str) -> str:
@@ -209,12 +211,24 @@ def misplaced(name: str, op: str, kind: str, index: int | None, dtypes: Collecti
     return simulated.refusal(op, simulated.device) if name == "simt" and simulated is not None else None
 
 
+def transformed(grad: Tensor | None = None) -> str | None:
+    """What goes on around a call, or around a backward with a gradient, that a kernel would know nothing of."""
+    if _peek_transform() is not None or (grad is not None and _is_batched(grad)):
+        return "a transform of torch.func needs an op that it can look into"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    return None
+
+
 def _examine(name: str, op: str, tensors: tuple[Tensor | None, ...]) -> tuple[str | None, bool]:
     """Why a backend with kernels cannot serve a call here (None: it can), and whether it is reached through the
     registered op."""
     registered = False
-    if _peek_transform() is not None:
-        return "a transform of torch.func needs an op that it can look into", False
+    reason = transformed()
+    if reason is not None:
+        return reason, False
+    if _recording() is not None:
+        return "torch.jit.trace is recording, and would keep the result as a constant", False
     if _count_modes() > 0:
         tracers: tuple[type, ...] = (FakeTensorMode,)
         if torch.compiler.is_compiling():
@@ -222,8 +236,6 @@ def _examine(name: str, op: str, tensors: tuple[Tensor | None, ...]) -> tuple[st
         if not all(isinstance(mode, tracers) for mode in _get_current_dispatch_mode_stack()):
             return "a dispatch mode is active, and it would not see the kernel", False
         registered = True
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active", False
     on_cpu, real = _device_of(name) == "cpu", None
     for t in tensors:
         if t is None:
@@ -286,6 +298,7 @@ def choose(op: str, kernels: Collection[str], tensors: tuple[Tensor | None, ...]
         and "cpu" in kernels
         and _peek_transform() is None
         and not _count_modes()
+        and _recording() is None
         and forward_ad._current_level < 0
         and native.ordinary(tensors)
     ):

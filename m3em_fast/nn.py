@@ -7,6 +7,7 @@ objects) brings (N,C); N is clips x frames, and every modality has its own numbe
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Literal, NamedTuple
@@ -14,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 # From the files and not from the package, where a type checker takes these names for the files.
 from m3em_fast.ops.channel_gate import channel_gate
@@ -51,22 +53,34 @@ def _beside(value: Tensor, x: Tensor) -> Tensor:
     return value.to(x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32)
 
 
+def _check_count(where: str, what: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{where}: {what} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{where}: {what} must be at least 1, got {value}")
+
+
 def _check_channels(where: str, channels: Mapping[str, int]) -> dict[str, int]:
+    if not isinstance(channels, Mapping):
+        raise TypeError(f"{where}: wants modality names with numbers of channels, {{'RGB': 1024}}, got {channels!r}")
     for name, count in channels.items():
-        if not name or "." in name:
+        if not isinstance(name, str) or not name or "." in name:
             raise ValueError(f"{where}: a modality name must be a non-empty string without dots, got {name!r}")
-        if count < 1:
-            raise ValueError(f"{where}: modality {name!r} must have at least 1 channel, got {count}")
+        _check_count(where, f"the channels of modality {name!r}", count)
     return dict(channels)
 
 
 def _check_features(where: str, features: Mapping[str, Tensor], channels: Mapping[str, int], ndim: int | None) -> None:
     """Exactly the modalities that the module was made for, of one N, each with its number of channels."""
+    if not isinstance(features, Mapping):
+        raise TypeError(f"{where}: features must be tensors by modality, got {type(features).__name__}")
     if set(features) != set(channels):
         raise ValueError(f"{where}: features must hold the modalities {sorted(channels)}, got {sorted(features)}")
     first = next(iter(channels))
     for name, count in channels.items():
         x = features[name]
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{where}: features[{name!r}] must be a tensor, got {type(x).__name__}")
         if x.dim() not in (2, 4) or (ndim is not None and x.dim() != ndim):
             wanted = {2: "(N,C)", 4: "(N,C,H,W)", None: "(N,C) or (N,C,H,W)"}[ndim]
             raise ValueError(f"{where}: features[{name!r}] must be {wanted}, got shape {tuple(x.shape)}")
@@ -93,8 +107,7 @@ class SemanticMutualRefinement(nn.Module):
         super().__init__()
         if not channels:
             raise ValueError("SemanticMutualRefinement: channels must name at least one modality, got none")
-        if reduction < 1:
-            raise ValueError(f"SemanticMutualRefinement: reduction must be at least 1, got {reduction}")
+        _check_count("SemanticMutualRefinement", "reduction", reduction)
         self.channels = _check_channels("SemanticMutualRefinement", channels)
         self.num_gates = 2 if len(channels) > 1 else 1
 
@@ -151,7 +164,8 @@ class CrossModalityConsensus(nn.Module):
     """CMC: where the spatial modalities agree, and their features pooled there (section 2.2, equation 5).
 
     Each modality has a 1x1 convolution of its own into one latent space; the consensus map is the sum over every pair
-    of modalities of the multi-scale cosine, and the pooling weight is 1 + C, not normalised.
+    of modalities of the multi-scale cosine, and the pooling weight is 1 + C, not normalised. The layers in
+    ``projections`` hold the weights alone: their ``forward`` is never called, so neither are hooks on them.
 
     Args:
         channels: spatial modality -> number of channels, at least two modalities.
@@ -177,6 +191,9 @@ class CrossModalityConsensus(nn.Module):
                 f"CrossModalityConsensus: needs at least two spatial modalities to compare, got {sorted(channels)}"
             )
         self.channels = _check_channels("CrossModalityConsensus", channels)
+        _check_count("CrossModalityConsensus", "latent_channels", latent_channels)
+        if num_scales is not None:
+            _check_count("CrossModalityConsensus", "num_scales", num_scales)
         self.num_scales = num_scales
         self.center = center
         self.num_gates = num_gates
@@ -200,7 +217,9 @@ class CrossModalityConsensus(nn.Module):
         latent = []
         for name in self.channels:
             x, layer = features[name], self.projections[name]
-            assert isinstance(layer, nn.Linear)
+            if not isinstance(layer, nn.Linear):  # its weight is read, and its forward never called
+                kind = type(layer).__name__
+                raise TypeError(f"CrossModalityConsensus: projections[{name!r}] must be a torch.nn.Linear, got {kind}")
             if gates is None:
                 latent.append(F.conv2d(x.to(layer.weight.dtype), layer.weight[:, :, None, None], layer.bias))
             else:
@@ -227,6 +246,10 @@ class Enhanced(NamedTuple):
 
     vectors: dict[str, Tensor]
     consensus: Tensor | None
+
+
+# By this name torch.export.save writes it, and torch.export.load finds it where this module is imported.
+_register_namedtuple(Enhanced, serialized_type_name="m3em_fast.nn.Enhanced")
 
 
 class MutualEnhancement(nn.Module):
@@ -265,10 +288,12 @@ class MutualEnhancement(nn.Module):
     ) -> None:
         super().__init__()
         vector = vector or {}
-        if both := sorted(set(spatial) & set(vector)):
-            raise ValueError(f"MutualEnhancement: a modality is either spatial or vector, got {both} as both")
         self.spatial = _check_channels("MutualEnhancement", spatial)
         self.vector = _check_channels("MutualEnhancement", vector)
+        if both := sorted(set(spatial) & set(vector)):
+            raise ValueError(f"MutualEnhancement: a modality is either spatial or vector, got {both} as both")
+        if not spatial and not vector:
+            raise ValueError("MutualEnhancement: there must be at least one modality, got none")
         channels = {**self.spatial, **self.vector}
         self.smr = SemanticMutualRefinement(channels, reduction, gate_bias) if smr else None
         num_gates = self.smr.num_gates if self.smr is not None else 0

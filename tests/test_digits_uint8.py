@@ -72,6 +72,7 @@ def test_reading_bytes_ahead_takes_a_second_thread(made, monkeypatch):
         (_, _, features), *_ = train.batches([(np.arange(3), np.arange(2))], reader, Team())
         assert len(features["RGB"]) == 5
         assert not BatchReader(stores, ["Audio"], 5).widens
+        assert BatchReader(stores, ["RGB", "Audio"], 5).widens == reader.widens  # one of several is enough
     assert list(made) == ["float16", "uint8"] and seen == [1, 2]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from m3em_fast.data import _writer, importer
+from m3em_fast.data.store import FeatureStore, FeatureStoreWriter, Modality, StoreError
 from test_importer import dump, make, run, write_maps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,6 +137,17 @@ def test_killed_it_goes_on(tmp_path, sources, capsys):
         said = process.stderr.read()
     assert process.returncode == 0 and f"{before}/60" in said and "0/60" not in re.sub(r"\d0/60", "", said), said
     assert contents(tmp_path / "store") == whole and not partial.exists()
+
+
+def test_a_store_that_was_finished_meanwhile_is_not_written_over(tmp_path):
+    """The second of two writers looked before the first had finished, and enters afterwards."""
+    modality = Modality("vector", frames=2, channels=3)
+    first, second = (FeatureStoreWriter(tmp_path / "s", {"RGB": modality}, resume="same") for _ in range(2))
+    with first:
+        first.append(["a"], {"RGB": np.ones((1, 2, 3), np.float16)})
+    with pytest.raises(StoreError, match="s already exists; a store is never written over"), second:
+        raise AssertionError("it has begun to write")
+    assert list(FeatureStore(tmp_path / "s").clips) == ["a"]
 
 
 def test_an_unfinished_store_that_was_spoiled_is_refused(tmp_path, monkeypatch, capsys, sources):

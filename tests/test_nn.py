@@ -246,6 +246,14 @@ def test_a_clip_does_not_depend_on_the_others():
     torch.testing.assert_close(alone.vectors["Audio"], whole.vectors["Audio"][3:4], rtol=1e-12, atol=1e-13)
 
 
+def test_an_exported_program_is_written_and_read_again(tmp_path):
+    module, features = make_module(dtype=torch.float32).eval(), make_features(dtype=torch.float32)
+    torch.export.save(torch.export.export(module, (features,)), tmp_path / "m3em.pt2")
+    out = torch.export.load(tmp_path / "m3em.pt2").module()(features)
+    assert type(out) is mnn.Enhanced
+    assert torch.equal(out.consensus, module(features).consensus)
+
+
 def test_errors_name_what_where_and_what_was_expected():
     module, plain = make_module(), make_module(smr=False)
     features = make_features()
@@ -267,7 +275,10 @@ def test_errors_name_what_where_and_what_was_expected():
         (lambda: CrossModalityConsensus({"RGB": 4}), r"at least two spatial modalities.*\['RGB'\]"),
         (lambda: MutualEnhancement({"RGB": 4}, {"RGB": 4}), r"either spatial or vector.*\['RGB'\]"),
         (lambda: MutualEnhancement({"R.G": 4, "B": 4}), r"without dots, got 'R.G'"),
-        (lambda: MutualEnhancement({"A": 0, "B": 4}), r"at least 1 channel, got 0"),
+        (lambda: MutualEnhancement({"A": 0, "B": 4}), r"channels of modality 'A' must be at least 1, got 0"),
+        (lambda: MutualEnhancement({}), r"at least one modality, got none"),
+        (lambda: MutualEnhancement(SPATIAL, latent_channels=0), r"latent_channels must be at least 1, got 0"),
+        (lambda: MutualEnhancement(SPATIAL, num_scales=0), r"num_scales must be at least 1, got 0"),
         (lambda: SemanticMutualRefinement({}), r"at least one modality"),
         (lambda: SemanticMutualRefinement({"A": 4}, reduction=0), r"reduction must be at least 1, got 0"),
         (lambda: MutualEnhancement(SPATIAL, init="zeros"), r"init must be 'torch' or 'ta3n', got 'zeros'"),
@@ -276,5 +287,19 @@ def test_errors_name_what_where_and_what_was_expected():
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
+            call()
+    wrapped = make_module()
+    wrapped.cmc.projections["RGB"] = torch.nn.Sequential(wrapped.cmc.projections["RGB"])
+    cases = [
+        (lambda: module(list(features.values())), r"features must be tensors by modality, got list"),
+        (lambda: module({**features, "RGB": [1, 2]}), r"features\['RGB'\] must be a tensor, got list"),
+        (lambda: MutualEnhancement(list(SPATIAL)), r"modality names with numbers of channels.*\['RGB', 'Flow'\]"),
+        (lambda: MutualEnhancement({"A": "4", "B": 4}), r"channels of modality 'A' must be an integer, got '4'"),
+        (lambda: MutualEnhancement(SPATIAL, latent_channels=8.0), r"latent_channels must be an integer, got 8.0"),
+        (lambda: SemanticMutualRefinement({"A": 4}, reduction=True), r"reduction must be an integer, got True"),
+        (lambda: wrapped(features), r"projections\['RGB'\] must be a torch.nn.Linear, got Sequential"),
+    ]
+    for call, message in cases:
+        with pytest.raises(TypeError, match=message):
             call()
     assert mnn.__all__

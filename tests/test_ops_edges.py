@@ -3,6 +3,8 @@ numbers, means that are much larger than the deviations, and results that must n
 
 import math
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -41,6 +43,19 @@ def test_a_norm_below_eps_contributes_nothing(backend, dtype):
     for tensors in ([faint, strong], [strong, faint]):
         out, gradients = check(backend, call, [positions(vectors, dtype) for vectors in tensors])
         assert_dead(out, gradients, dead)
+
+
+@pytest.mark.op("consensus_map")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("incoming", [float("inf"), float("nan")])
+def test_a_dead_position_passes_on_nothing_of_any_gradient(backend, dtype, incoming):
+    """0 times infinity would be NaN."""
+    faint, strong = positions([[0.0] * 3, [3.0, -4.0, 12.0]], dtype), positions([[1.0, 2.0, 3.0]] * 2, dtype)
+    for pair in ([faint, strong], [strong, faint]):
+        leaves = [tensor.clone().requires_grad_() for tensor in pair]
+        out = Call("consensus_map", options={"num_scales": 1})(*leaves)
+        grad = torch.tensor([incoming, 1.0], dtype=dtype).expand_as(out)
+        assert_dead(out, torch.autograd.grad(out, leaves, grad), [True, False])
 
 
 @pytest.mark.op("consensus_map")
@@ -355,3 +370,25 @@ def test_more_elements_than_32_bits_can_count(name, call):
             del out, gradient
         assert torch.equal(*gradients)
         assert gradients[0].any()
+
+
+SHORT_OF_MEMORY = """
+import resource, sys, torch
+from m3em_fast import ops
+torch.set_num_threads(int(sys.argv[1]))
+x = torch.zeros(2, 1, 2000, 2000)
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 4 * x.nbytes, -1))
+try:
+    ops.consensus_map(x, x)
+except MemoryError:
+    print("refused")
+"""
+
+
+@pytest.mark.skipif(backends.native is None, reason="without compiled kernels torch alone asks for memory")
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_working_memory_that_is_not_there_is_an_error_of_python(threads):
+    """A kernel's own memory: 1.3 GB a thread here, 330 bytes a position."""
+    run = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY, threads], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "refused\n"), run.stderr

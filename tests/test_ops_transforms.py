@@ -18,6 +18,8 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 EVERY_CALL = pytest.mark.parametrize("call", CALLS, ids=str)
 FULL_CALL = pytest.mark.parametrize("call", FULL_CALLS, ids=str)
 AUTOCAST = pytest.mark.parametrize("half", HALF, ids=str)
+# The checks of arguments are in no recording, which torch says of every one.
+RECORDED = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
 PROJECTION = Call("gated_projection", gates=2, bias=True)
 
 
@@ -196,7 +198,65 @@ def test_forward_mode(automatic, call, mode):
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-9, atol=1e-10)
 
 
+@EVERY_CALL
+def test_many_gradients_at_once(automatic, call):
+    """``is_grads_batched``, as of ``jacobian(vectorize=True)``: the backward is handed a batch that has no memory."""
+    tensors = random_tensors(call, 2, 3, 5, 4, torch.float64)
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    out = call(*leaves)
+    grads = [random_grad(out, key=(i,)) for i in range(3)]
+    found = torch.autograd.grad(out, leaves, torch.stack(grads), is_grads_batched=True)
+    for i, grad in enumerate(grads):
+        for gradient, expected in zip(found, call.exact_gradients(tensors, grad), strict=True):
+            assert not gradient.requires_grad
+            allowed = exact.bound(expected, torch.float64, torch.float64)
+            exact.assert_close(gradient[i], expected.value, allowed, str(call))
+
+
+@EVERY_CALL
+def test_tangent_of_the_gradient(automatic, call):
+    """Forward mode around the backward alone: the gradients are linear in the one that comes in."""
+    leaves = [t.requires_grad_() for t in random_tensors(call, 2, 3, 5, 4, torch.float64)]
+    out = call(*leaves)
+    grad, tangent = random_grad(out), random_grad(out, key=("tangent",))
+    wanted = call.exact_gradients([leaf.detach() for leaf in leaves], tangent)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(grad, tangent)
+        found = torch.autograd.grad(out, leaves, dual, retain_graph=True)
+        for gradient, expected in zip(found, wanted, strict=True):
+            along = torch.autograd.forward_ad.unpack_dual(gradient).tangent
+            assert along is not None
+            exact.assert_close(along, expected.value, exact.bound(expected, torch.float64, torch.float64), str(call))
+
+
 # --------------------------------------------------------------------------------- meta and fake tensors, modes
+
+
+@EVERY_CALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_another_default_device_moves_no_memory(backend, call, dtype, layout):
+    """``with torch.device(...)`` is how models are made without memory; kernels must not be handed such."""
+    tensors = random_tensors(call, 2, 3, 5, 4, dtype, layouts=[layout] * len(call.names))
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    wanted = call(*leaves)
+    grad = random_grad(wanted)
+    gradients = torch.autograd.grad(wanted, leaves, grad)
+    with torch.device("meta"):
+        out = call(*leaves)
+        found = torch.autograd.grad(out, leaves, grad)
+    for one, other in zip([out, *found], [wanted, *gradients], strict=True):
+        assert one.device == other.device
+        assert torch.equal(one, other)
+
+
+@EVERY_CALL
+@RECORDED
+def test_a_recording_holds_the_op(automatic, call):
+    """What torch.jit.trace records (TensorBoard's add_graph does it) is the op, and not its result."""
+    recorded = torch.jit.trace(lambda *inputs: call(*inputs), tuple(random_tensors(call, 2, 3, 5, 4, torch.float32)))
+    tensors = random_tensors(call, 2, 3, 5, 4, torch.float32, key=("others",))
+    assert_exact(call, recorded(*tensors), tensors)
 
 
 def on_meta(tensor):
@@ -253,15 +313,18 @@ def test_tensor_subclasses(automatic, call):
 
 
 @EVERY_CALL
+@RECORDED
 def test_a_backend_chosen_by_name_says_why_it_cannot_serve_a_call(kernels, call):
     tensors = random_tensors(call, 2, 3, 5, 4, torch.float32)
     tagged = [tensor.as_subclass(Tagged) for tensor in tensors]
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     transform = "a transform of torch.func|forward-mode"
     with m3em_fast.backend(kernels):
         for reason, attempt in [
             (transform, lambda: torch.vmap(call)(*[tensor[None] for tensor in tensors])),
             (transform, lambda: torch.func.grad(lambda *inputs: call(*inputs).sum())(*tensors)),
             (transform, lambda: torch.func.jvp(call, tuple(tensors), tuple(tensors))),
+            ("torch.jit.trace is recording", lambda: torch.jit.trace(lambda *inputs: call(*inputs), tuple(tensors))),
             ("not Tagged", lambda: call(*tagged)),
         ]:
             with pytest.raises(
@@ -270,3 +333,6 @@ def test_a_backend_chosen_by_name_says_why_it_cannot_serve_a_call(kernels, call)
                 attempt()
         with FlopCounterMode(display=False), pytest.raises(BackendError, match="dispatch mode"):
             call(*tensors)
+        out, inner = call(*leaves), call.op.removeprefix("gated_") if "pool" in call.op else call.op
+        with pytest.raises(BackendError, match=f"gradient of {inner}: backend {kernels} .*{transform}"):
+            torch.autograd.grad(out, leaves, torch.ones(3, *out.shape), is_grads_batched=True)

@@ -207,6 +207,7 @@ BAD_OPTIONS = [
     (["--resume"], "--resume needs --run"),
     (["--resume", "--run", "nowhere"], "there is no run folder nowhere"),
     (["--data", "nowhere"], "--data nowhere is no folder"),
+    (["--data", __file__], "is a file, and no folder of feature stores."),
     (["--num-scales", "9"], "num_scales must be from 1 to 3"),
 ]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -264,6 +265,14 @@ def test_what_is_no_pickle(tmp_path, data, words):
     with pytest.raises(UnpickleError) as caught:
         read(tmp_path / "x.pkl", data)
     assert words in str(caught.value) and str(caught.value).startswith(f"{tmp_path / 'x.pkl'} is no readable pickle (")
+
+
+def test_what_torch_saves_is_named(tmp_path):
+    path = tmp_path / "features.pkl"
+    for write in (torch.save, lambda values, path: np.savez(path.open("wb"), **values)):
+        write({"a": torch.zeros(2)}, path)
+        with pytest.raises(UnpickleError, match=f"^{path} is a zip archive, as torch.save and numpy.savez make them,"):
+            PickleFile(path)
 
 
 def test_no_file(tmp_path):

@@ -44,7 +44,9 @@ struct Work {
           weights(memory.take<A>(o.num_gates * strips * panel)),
           grads(memory.take<A>(backward ? o.num_gates * strips * panel : 0)),
           gates(memory.take<A>(o.n * o.num_gates * pitch)),
-          sums(memory.take<A>(backward ? o.n * o.num_gates * pitch : 0)) {}
+          sums(memory.take<A>(backward ? o.n * o.num_gates * pitch : 0)) {
+        memory.check();
+    }
     A *weights_at(int g, int64_t strip) const { return weights + (g * strips + strip) * panel; }
     A *grads_at(int g, int64_t strip) const { return grads + (g * strips + strip) * panel; }
     const A *gate(const GatedProjection &o, int64_t n, int g) const { return gates + (n * o.num_gates + g) * pitch; }

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -272,6 +273,11 @@ struct Scratch {
         used += (count * int64_t(sizeof(A)) + 63) / 64 * 64;
         return part;
     }
+    // Python's MemoryError. Not inside a parallel region, which no exception may leave.
+    void check() const {
+        if (!data)
+            throw std::bad_alloc();
+    }
     int64_t used = 0;
 };
 
@@ -287,21 +293,31 @@ template <class Body>
 static inline void for_each(int64_t count, int threads, int64_t scratch, const Body &body) {
 #if defined(_OPENMP)
     if (threads > 1 && count > 1) {
+        bool missing = false;
 #pragma omp parallel num_threads(threads)
         {
             Scratch mine(scratch);
+            if (!mine.data) {
+#pragma omp atomic write
+                missing = true;
+            }
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < count; ++i) {
+                if (!mine.data)
+                    continue;
                 mine.used = 0;
                 body(mine, i);
                 finish_stores();
             }
         }
+        if (missing)
+            throw std::bad_alloc();
         return;
     }
 #endif
     (void)threads;
     Scratch mine(scratch);
+    mine.check();
     for (int64_t i = 0; i < count; ++i) {
         mine.used = 0;
         body(mine, i);

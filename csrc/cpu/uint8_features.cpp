@@ -91,6 +91,7 @@ void widen_run(const uint8_t *from, const float *steps, f16 *to, int64_t count, 
 void uint8_features(const Uint8Features &o) {
     const int64_t total = o.channels * o.positions;
     Scratch room((block + 16) * int64_t(sizeof(float)));
+    room.check();
     float *steps = room.take<float>(block + 16);
     for (int64_t start = 0; start < total; start += block) {
         const int64_t count = total - start < block ? total - start : block;

@@ -51,6 +51,10 @@ class PickleFile:
                     raise UnpickleError(f"{self.path} is no ordinary file.")
                 if not state.st_size:
                     raise UnpickleError(f"{self.path} is no readable pickle (it is empty).")
+                if os.pread(handle.fileno(), 4, 0) == b"PK\x03\x04":
+                    raise UnpickleError(
+                        f"{self.path} is a zip archive, as torch.save and numpy.savez make them, and no pickle."
+                    )
                 self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise UnpickleError(f"{self.path} cannot be read ({error.strerror}).") from error

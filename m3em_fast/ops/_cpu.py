@@ -1,4 +1,8 @@
-"""What the ops' calls into the compiled CPU kernels share."""
+"""What the ops' calls into the compiled CPU kernels share.
+
+Memory is always made on the device of a tensor at hand: ``with torch.device(...)`` and ``torch.set_default_device``
+move what ``torch.empty`` gives without one, and a kernel would write to an address that is none.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +48,9 @@ def empty_beside(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """Memory for a result (N,channels,H,W) in the memory format of x."""
     n, _, h, w = x.shape
     if is_channels_last(x):
-        return torch.empty((n, channels, h, w), dtype=dtype, memory_format=torch.channels_last)
+        return torch.empty((n, channels, h, w), dtype=dtype, device=x.device, memory_format=torch.channels_last)
     # The quickest call: sizes not in a tuple, of a tensor of that dtype.
-    return x.new_empty(n, channels, h, w) if x.dtype is dtype else torch.empty((n, channels, h, w), dtype=dtype)
+    return x.new_empty(n, channels, h, w) if x.dtype is dtype else x.new_empty((n, channels, h, w), dtype=dtype)
 
 
 def gradient_of(x: Tensor | Form | None, needed: bool) -> Tensor | None:
@@ -54,8 +58,8 @@ def gradient_of(x: Tensor | Form | None, needed: bool) -> Tensor | None:
     if x is None or not needed:
         return None
     if x.channels_last if isinstance(x, Form) else x.dim() == 4 and is_channels_last(x):
-        return torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
-    return torch.empty(x.shape, dtype=x.dtype)
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def gradients_of(tensors: Sequence[Any], needs: Sequence[bool]) -> list[Tensor | None]:

@@ -107,6 +107,22 @@ class _Call:
             grad = grad.clone()
         return tuple(self.op.kernels[self.backend].backward(self.options, grad, tuple(inputs), extra, self.needs))
 
+    def by_reference(
+        self, grad: Tensor, saved: Sequence[Tensor], differentiable: bool
+    ) -> tuple[list, list[Tensor | None]]:
+        """The inputs, and the gradients by them as the reference makes them, if so with a graph of their own."""
+        inputs, _ = self.inputs(saved)
+        for i, (t, keep) in enumerate(zip(inputs, self.kept, strict=True)):
+            if keep:  # an alias: differentiation stops at it, and stays connected to what made the tensor behind it
+                inputs[i] = t.view_as(t)
+            elif t is not None:  # any value does, for the gradients do not depend on it
+                stand_in = torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
+                inputs[i] = stand_in.requires_grad_(self.needs[i])
+        wanted = [t for t, need in zip(inputs, self.needs, strict=True) if need]
+        out = self.op.reference(self.options, tuple(inputs))
+        first = iter(torch.autograd.grad(out, wanted, grad, create_graph=differentiable, allow_unused=True))
+        return inputs, [next(first) if need else None for need in self.needs]
+
 
 class _Apply(torch.autograd.Function):
     @staticmethod
@@ -122,6 +138,14 @@ class _Apply(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         if grads[0] is None:
             return (None,) * len(ctx.needs_input_grad)
+        reason = backends.transformed(grads[0])
+        if reason is not None:  # is_grads_batched, a tangent of the gradient: what no kernel can read
+            if backends.chosen_by_name():
+                raise backends.refused_by(ctx.call.backend, f"gradient of {ctx.call.op.name}", reason)
+            differentiable = torch.is_grad_enabled()
+            with torch.enable_grad():
+                _, first = ctx.call.by_reference(grads[0], ctx.saved_tensors, differentiable)
+            return (None, None, None, *first)
         if torch.is_grad_enabled():  # create_graph=True: this backward is to be differentiated itself
             return (None, None, None, *_Backward.apply(ctx.call, grads[0], *ctx.saved_tensors))
         return (None, None, None, *ctx.call.backward(grads[0], ctx.saved_tensors))
@@ -141,21 +165,10 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         call: _Call = ctx.call
         grad, *saved = ctx.saved_tensors
-        inputs, _ = call.inputs(saved)
         with torch.enable_grad():
-            # Aliases: differentiation stops at them, and stays connected to what made the tensors behind them.
             grad = grad.view_as(grad)
-            for i, (t, keep) in enumerate(zip(inputs, call.kept, strict=True)):
-                if keep:
-                    inputs[i] = t.view_as(t)
-                elif t is not None:  # any value does, for the gradients do not depend on it
-                    stand_in = torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
-                    inputs[i] = stand_in.requires_grad_(call.needs[i])
-            wanted = [t for t, need in zip(inputs, call.needs, strict=True) if need]
-            out = call.op.reference(call.options, tuple(inputs))
-            first = torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True)
-            given = [g for g, need in zip(grads, call.needs, strict=True) if need]
-            pairs = [(f, g) for f, g in zip(first, given, strict=True) if f is not None and g is not None]
+            inputs, first = call.by_reference(grad, saved, True)
+            pairs = [(f, g) for f, g in zip(first, grads, strict=True) if f is not None and g is not None]
             pairs = [(f, g) for f, g in pairs if f.requires_grad]
             leaves = [grad, *(t for t, keep in zip(inputs, call.kept, strict=True) if keep)]
             leaves = [t for t in leaves if t.requires_grad]

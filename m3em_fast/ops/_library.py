@@ -112,8 +112,7 @@ class Registered:
     def _fake_forward(self, *arguments: Any) -> Any:
         tensors = tuple(self._flat(arguments[: self.count]))
         kernels = self._kernels(arguments[-1], tensors[0])
-        with torch.device(tensors[0].device):
-            out, extra = kernels.form(read(arguments[self.count : -1]), tensors)
+        out, extra = kernels.form(read(arguments[self.count : -1]), tensors)
         return (out, *extra) if self.saves else out
 
     def _setup(self, ctx: Any, inputs: tuple, output: Any) -> None:
@@ -141,23 +140,22 @@ class Registered:
             grads = [next(made) if need else None for need in needs]
         return (*self._grouped(grads), *(None for _ in rest))
 
-    def _backward_arguments(self, arguments: tuple) -> tuple:
+    def _backward_arguments(self, grad: Tensor, arguments: tuple) -> tuple:
         """The inputs, forms in the place of those not kept; and everything behind them."""
         tensors = self._flat(arguments[: self.count])
         saved, forms, *options, needs, backend = arguments[self.count :]
-        for i, form in _forms(forms):
+        for i, form in _forms(forms, grad.device):
             tensors[i] = form
         return tuple(tensors), saved, read(options), needs, backend
 
     def _backward(self, grad: Tensor, *arguments: Any) -> list[Tensor]:
-        tensors, saved, options, needs, backend = self._backward_arguments(arguments)
+        tensors, saved, options, needs, backend = self._backward_arguments(grad, arguments)
         grads = self._kernels(backend, grad).backward(options, grad, tensors, saved, needs)
         return [g for g, need in zip(grads, needs, strict=True) if need and g is not None]
 
     def _fake_backward(self, grad: Tensor, *arguments: Any) -> list[Tensor]:
-        tensors, _, _, needs, _ = self._backward_arguments(arguments)
-        with torch.device(grad.device):
-            grads = self.op.gradients(tensors, needs)
+        tensors, _, _, needs, _ = self._backward_arguments(grad, arguments)
+        grads = self.op.gradients(tensors, needs)
         return [g for g in grads if g is not None]
 
     def _no_formula(self, ctx: Any, *grads: Any) -> None:
@@ -166,12 +164,14 @@ class Registered:
         )
 
 
-def _forms(forms: Sequence[int]) -> Iterator[tuple[int, Form]]:
-    """The position and the form of every input that the backward does not read."""
+def _forms(forms: Sequence[int], device: torch.device) -> Iterator[tuple[int, Form]]:
+    """The position and the form, on a device, of every input that the backward does not read."""
     start = 0
     while start < len(forms):
         i, dtype, dim = forms[start : start + 3]
         middle = start + 3 + dim
         shape, stride = forms[start + 3 : middle], forms[middle : middle + dim]
-        yield i, Form(torch.empty_strided(shape, stride, dtype=FLOATS[dtype], device="meta"))
+        form = Form(torch.empty_strided(shape, stride, dtype=FLOATS[dtype], device="meta"))
+        form.device = device
+        yield i, form
         start = middle + dim

@@ -90,11 +90,11 @@ def _cpu_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor,
     a, b = tensors
     scales, center, eps, _ = options
     n, _, h, w = shape = a.shape
-    out = torch.empty((n, 1, h, w), dtype=a.dtype)
+    out = a.new_empty(n, 1, h, w)
     saved = []
     if saves:
         size = native.consensus_map_stats(h, w, scales, center)
-        saved.append(torch.empty((n, size), dtype=reference.accumulation_dtype(a.dtype)))
+        saved.append(a.new_empty((n, size), dtype=reference.accumulation_dtype(a.dtype)))
     stats = saved[0].data_ptr() if saves else 0
     native.consensus_map_forward(a, b, out, stats, shape, scales, center, eps, torch.get_num_threads())
     return out, saved
@@ -116,7 +116,7 @@ def _cpu_form(options: tuple, tensors: Tensors) -> tuple[Tensor, Sequence[Tensor
     scales, center, _, _ = options
     n, _, h, w = a.shape
     stats = (n, native.consensus_map_stats(h, w, scales, center))
-    return torch.empty((n, 1, h, w), dtype=a.dtype), (torch.empty(stats, dtype=reference.accumulation_dtype(a.dtype)),)
+    return a.new_empty(n, 1, h, w), (a.new_empty(stats, dtype=reference.accumulation_dtype(a.dtype)),)
 
 
 @lru_cache(maxsize=1024)

@@ -54,7 +54,7 @@ def _spread(grad: Tensor, x: Any) -> Tensor:
 def _gradients(tensors: Tensors, needs: Sequence[bool]) -> Sequence[Tensor | None]:
     x, cmap = tensors
     if cmap is None and needs[0]:
-        return _spread(torch.empty(x.shape[:2], dtype=x.dtype), x), None
+        return _spread(torch.empty(x.shape[:2], dtype=x.dtype, device=x.device), x), None
     return gradients_of(tensors, needs)
 
 
@@ -62,7 +62,7 @@ def _cpu_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor,
     x, cmap = tensors
     n, c, _, _ = x.shape
     dtype = options[0]
-    out = x.new_empty(n, c) if x.dtype is dtype else torch.empty((n, c), dtype=dtype)
+    out = x.new_empty(n, c) if x.dtype is dtype else x.new_empty((n, c), dtype=dtype)
     native.consensus_pool_forward(x, cmap, out, x.shape, torch.get_num_threads())
     return out, ()
 
@@ -74,13 +74,14 @@ def _cpu_backward(
     if cmap is None:
         return _spread(grad, x), None
     grad_x = gradient_of(x, needs[0])
-    grad_cmap = torch.empty(cmap.shape, dtype=cmap.dtype) if needs[1] else None
+    grad_cmap = grad.new_empty(cmap.shape, dtype=cmap.dtype) if needs[1] else None
     native.consensus_pool_backward(x, cmap, grad, grad_x, grad_cmap, x.shape, torch.get_num_threads())
     return grad_x, grad_cmap
 
 
 def _cpu_form(options: tuple, tensors: Tensors) -> tuple[Tensor, Sequence[Tensor]]:
-    return torch.empty(tensors[0].shape[:2], dtype=options[0]), ()
+    x, _ = tensors
+    return x.new_empty(x.shape[:2], dtype=options[0]), ()
 
 
 def _cuda_forward(options: tuple, tensors: Tensors, saves: bool) -> tuple[Tensor, Sequence[Tensor]]:

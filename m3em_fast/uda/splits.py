@@ -128,6 +128,8 @@ def open_stores(data: Path, protocol: str = "digits", model: str = "all") -> Sto
     What ``model``, one of :data:`m3em_fast.epic.models.MODELS` or ``"all"``, does not read may differ.
     """
     plan = _plan(protocol, data)
+    if data.is_file():
+        raise UsageError(f"--data {data} is a file, and no folder of feature stores.")
     if not data.is_dir():
         if protocol != "digits":
             raise UsageError(f"--data {data} is no folder; docs/reproduce.md says what makes feature stores there.")
