@@ -22,6 +22,14 @@ inline bool packed(const ChannelGateArguments &m, int element) {
     return true;
 }
 
+// Whether the positions of a channel lie one after another in every map that is there.
+inline bool in_lines(const ChannelGateArguments &m) {
+    for (const Map *map : {&m.x, &m.out, &m.grad_out, &m.grad_x})
+        if (map->data && ((m.w > 1 && map->stride[3] != 1) || (m.h > 1 && map->stride[2] != m.w)))
+            return false;
+    return true;
+}
+
 struct ChannelGatePlan {
     long long forward_bytes = 0, backward_bytes = 0; // of shared memory
 
@@ -65,14 +73,10 @@ private:
         if (m.chunk > m.c)
             m.chunk = m.c;
         m.chunks = (m.c + m.chunk - 1) / m.chunk;
-        // Products of a tile of channels; of a part of one channel where it is long.
-        const long long room = (16 << 10) / (number * m.num_gates);
-        m.segment = int(positions < room ? positions : room);
-        m.tile = 1;
-        while (m.tile * 2 <= m.chunk && m.segment == positions && m.tile * 2 * odd(m.segment) <= room)
-            m.tile *= 2;
+        for (m.lanes = in_lines(m) ? 4 : 0; m.lanes && m.lanes < 32 && m.lanes < positions;)
+            m.lanes *= 2;
         forward_bytes = (long long)number * m.num_gates * m.chunk;
-        backward_bytes = 2 * forward_bytes + (long long)number * m.num_gates * m.tile * odd(m.segment);
+        backward_bytes = 2 * forward_bytes;
     }
 };
 

@@ -35,14 +35,38 @@ struct OnLines {
     }
 };
 
+// Lines that are on their way together, as far as there are registers.
+__device__ constexpr int at_once(int element) { return element == 8 ? 1 : 4; }
+
+// The sums over the lanes of lines, which are 4 at least: that of line u to the lane u. All of a warp call it.
+template <int Lines, class A>
+__device__ inline A sum_of_lines(const A *sums, int lanes) {
+    const auto other = [](A x, int apart) { return __shfl_xor_sync(0xffffffffu, x, apart); };
+    A sum = sums[0];
+    if (Lines == 4) { // each lane goes on with one line of two, then of the two that are left
+        const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+        const A low = (odd ? sums[1] : sums[0]) + other(odd ? sums[0] : sums[1], 1);
+        const A up = (odd ? sums[Lines - 1] : sums[Lines / 2]) + other(odd ? sums[Lines / 2] : sums[Lines - 1], 1);
+        sum = (high ? up : low) + other(high ? low : up, 2);
+    } else {
+        sum += other(sum, 1);
+        sum += other(sum, 2);
+    }
+#pragma unroll
+    for (int apart = 4; apart < 32; apart *= 2)
+        if (apart < lanes)
+            sum += other(sum, apart);
+    return sum;
+}
+
 // `O` is the type of the gated copies.
 template <class T, class O, class A>
 __device__ void forward_lines(const ChannelGateArguments &m, const Part &part, const A *gates) {
     OnLines on(m);
     const T *const x = sample_of<const T>(m.x, part.n, part.c0);
     O *const out = sample_of<O>(m.out, part.n, part.c0);
-    const long long stride = m.x.stride[1], pitch = m.out.stride[1];
-    on.each<4>(part.count, [&](auto lines, int c) {
+    const long long stride = m.x.stride[1], pitch = m.out.stride[1], copy = m.c * pitch;
+    on.each<at_once(sizeof(T))>(part.count, [&](auto lines, int c) {
         constexpr int Lines = decltype(lines)::value;
         const bool there = Lines > 1 || c < part.count;
         const T *line = x + (there ? c : 0) * stride + on.place;
@@ -53,9 +77,10 @@ __device__ void forward_lines(const ChannelGateArguments &m, const Part &part, c
         if (!there)
             return;
         const A *gate = gates + c;
+        O *begin = out + c * pitch + on.place;
 #pragma unroll 1
-        for (int g = 0; g < m.num_gates; ++g, gate += part.count) {
-            O *to = out + ((long long)g * m.c + c) * pitch + on.place;
+        for (int g = 0; g < m.num_gates; ++g, gate += part.count, begin += copy) {
+            O *to = begin;
 #pragma unroll
             for (int u = 0; u < Lines; ++u, to += on.step * pitch) {
                 const A factor = gate[u * on.step];
@@ -75,9 +100,9 @@ __device__ void backward_lines(const ChannelGateArguments &m, const Part &part, 
     const T *const x = m.x.data ? sample_of<const T>(m.x, part.n, part.c0) : nullptr;
     const G *const grads = sample_of<const G>(m.grad_out, part.n, part.c0);
     T *const grad_x = m.grad_x.data ? sample_of<T>(m.grad_x, part.n, part.c0) : nullptr;
-    const long long stride = m.x.stride[1], pitch = m.grad_out.stride[1];
-    const bool leads = (threadIdx.x & (on.lanes - 1)) == 0;
-    on.each<4>(part.count, [&](auto lines, int c) {
+    const long long stride = m.x.stride[1], pitch = m.grad_out.stride[1], copy = m.c * pitch;
+    const int lane = threadIdx.x & (on.lanes - 1);
+    on.each<at_once(sizeof(T))>(part.count, [&](auto lines, int c) {
         constexpr int Lines = decltype(lines)::value;
         const bool there = Lines > 1 || c < part.count; // lanes of a warp go on together
         const int known = there ? c : 0;
@@ -89,35 +114,30 @@ __device__ void backward_lines(const ChannelGateArguments &m, const Part &part, 
                 from[u][0] = line[0], from[u][1] = line[on.next];
         }
         A made[Lines][2] = {};
+        const G *begin = grads + known * pitch + on.place;
+        const A *gate = gates + known;
 #pragma unroll 1
-        for (int g = 0; g < m.num_gates; ++g) {
-            const G *line = grads + ((long long)g * m.c + known) * pitch + on.place;
+        for (int g = 0; g < m.num_gates; ++g, begin += copy, gate += part.count) {
+            const G *line = begin;
             G arriving[Lines][2];
 #pragma unroll
             for (int u = 0; u < Lines; ++u, line += on.step * pitch)
                 arriving[u][0] = line[0], arriving[u][1] = line[on.next];
-            A sum[Lines];
+            A each[Lines];
 #pragma unroll
             for (int u = 0; u < Lines; ++u) {
-                const A factor = gates[g * part.count + known + u * on.step];
-                const A one = widen(arriving[u][0]), other = widen(arriving[u][1]);
-                made[u][0] += one * factor, made[u][1] += other * factor;
-                sum[u] = (on.first ? one * widen(from[u][0]) : A(0)) + (on.second ? other * widen(from[u][1]) : A(0));
+                const A factor = gate[u * on.step], first = widen(arriving[u][0]), second = widen(arriving[u][1]);
+                made[u][0] += first * factor, made[u][1] += second * factor;
+                const A one = first * widen(from[u][0]), other = second * widen(from[u][1]);
+                each[u] = (on.first ? one : A(0)) + (on.second ? other : A(0));
             }
             if (!m.grads[g].data)
                 continue;
-#pragma unroll
-            for (int apart = 16; apart > 0; apart /= 2)
-                if (apart < on.lanes)
-#pragma unroll
-                    for (int u = 0; u < Lines; ++u)
-                        sum[u] += __shfl_xor_sync(0xffffffffu, sum[u], apart);
-            if (leads && there)
-#pragma unroll
-                for (int u = 0; u < Lines; ++u) {
-                    A &all = sums[g * m.chunk + c + u * on.step]; // this thread's own
-                    all = on.start ? all + sum[u] : sum[u];
-                }
+            const A sum = sum_of_lines<Lines>(each, on.lanes);
+            if (lane < Lines && there) {
+                A &all = sums[g * m.chunk + c + lane * on.step]; // this thread's own
+                all = on.start ? all + sum : sum;
+            }
         }
         if (!grad_x || !there)
             return;
