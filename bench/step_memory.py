@@ -6,7 +6,7 @@ TA3N + M3EM on frozen RGB and flow maps (1024 x 7 x 7) and audio vectors (1024) 
 under autocast to float16 with loss scaling, as ``train.py --precision fp16`` does it. Everything that torch allocates
 between the batch and the end of the optimizer's step is counted in steps of a few clips; what grows with the clips is
 extended on a straight line through two of them, and a third one says how straight it is. On a card the workspace of
-``gated_projection`` comes on top. Not counted: the driver's own memory, what torch's libraries keep, and what the
+``gated_projection`` comes on top: gated operands, and what a product makes of them. Not counted: the driver's own memory, what torch's libraries keep, and what the
 allocator rounds up.
 """
 
@@ -26,7 +26,12 @@ CLIPS, SOURCE, FRAMES = 335, 128, 5
 SPATIAL, VECTOR, SIDE = {"RGB": 1024, "Flow": 1024}, {"Audio": 1024}, 7
 VERBS, NOUNS = 97, 300
 MEASURED = (6, 12, 18)
-WORKSPACES = 1  # at a time
+LATENT, GATES = 512, 2
+
+
+def workspace_bytes() -> int:
+    operand = _gated_projection_cuda.WORKSPACE
+    return operand + operand * LATENT // (GATES * min(SPATIAL.values()))
 
 
 def batch(clips: int, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -37,7 +42,7 @@ def batch(clips: int, device: str = "cpu") -> dict[str, torch.Tensor]:
 
 def model_of(device: str = "cpu") -> ActionModel:
     with torch.device(device):
-        return ActionModel(SPATIAL, VECTOR, VERBS, NOUNS, latent_channels=512)
+        return ActionModel(SPATIAL, VECTOR, VERBS, NOUNS, latent_channels=LATENT)
 
 
 def state_bytes() -> int:
@@ -100,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "parameters, gradients, momentum": state_bytes(),
         f"batch of {CLIPS} clips x {FRAMES} frames, float16": batch_bytes(CLIPS),
         "forward and backward, at most at a time": round(peak),
-        f"workspace of gated_projection, {WORKSPACES} x": WORKSPACES * _gated_projection_cuda.WORKSPACE,
+        "workspace of gated_projection": workspace_bytes(),
     }
     parts["together"] = sum(parts.values())
     for name, size in parts.items():
