@@ -21,7 +21,22 @@ from bench.ptx.schedule import scheduled
 from bench.ptx.tally import Access, Tally
 from m3em_fast import nvrtc
 
-__all__ = ["CARDS", "DTYPES", "SHAPES", "WAYS", "Card", "Case", "Compiled", "Limits", "Work", "limits", "measure_each"]
+__all__ = [
+    "CARDS",
+    "DTYPES",
+    "ISSUED",
+    "OTHER_DTYPES",
+    "OTHER_WAYS",
+    "SHAPES",
+    "WAYS",
+    "Card",
+    "Case",
+    "Compiled",
+    "Limits",
+    "Work",
+    "limits",
+    "measure_each",
+]
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SHAPES = {"7x7": (7, 7), "14x14": (14, 14)}
@@ -39,6 +54,17 @@ WAYS = (
     ("consensus_pool", "backward", "x frozen"),
     ("consensus_pool", "backward", "no map"),
 )
+# The same of maps in channels_last memory; gated copies as the columns of one matrix, which is how gated_projection wants
+# them; and the Pearson coefficient: other kernels, which fewer calls need.
+OTHER_WAYS = (
+    *((op, stage, f"{said}, channels_last".removeprefix(", ")) for op, stage, said in WAYS),
+    ("channel_gate", "forward", "columns"),
+    ("channel_gate", "backward", "columns"),
+    ("channel_gate", "backward", "x frozen, columns"),
+    ("consensus_map", "partial", "center"),
+    ("consensus_map", "backward", "center"),
+)
+OTHER_DTYPES = ("f32", "f16")
 
 
 @dataclass(frozen=True)
@@ -123,17 +149,26 @@ def launch(host: Host, case: Case, run: Seen) -> None:
     """Calls an op at the paper's size; `run` gets each launch, and the memory that it may touch."""
     dtype, (h, w) = DTYPES[case.dtype], SHAPES[case.shape]
     n, c, more = SAMPLES, PAPER[case.op].c, PAPER[case.op].more
+    options = case.said.split(", ")
     regions: list[Region] = []
 
     def memory(name: str, *sizes: int, of: torch.dtype = dtype) -> Tensor:
-        t = aligned(*sizes, dtype=of)
-        regions.append(region(name, t, maps=len(sizes) == 4 and sizes[1] > 1))
+        maps = len(sizes) == 4 and sizes[1] > 1
+        if maps and "channels_last" in options:
+            t = aligned(n, h, w, sizes[1], dtype=of).permute(0, 3, 1, 2)
+        elif name == "out" and "columns" in options:
+            count = n * h * w
+            matrix = aligned(sizes[1], -(-count // 8) * 8, dtype=of)
+            t = matrix[:, :count].unflatten(1, (n, h, w)).transpose(0, 1)
+        else:
+            t = aligned(*sizes, dtype=of)
+        regions.append(region(name, t, maps))
         return t
 
     def seen(each: Launch) -> None:
         run(each, regions)
 
-    backward, frozen = case.stage == "backward", case.said == "x frozen"
+    backward, frozen, center = case.stage == "backward", "x frozen" in options, "center" in options
     if case.op == "channel_gate":
         x, out = memory("x", n, c, h, w), memory("out", n, more * c, h, w)
         gates = [memory(f"gate {g}", n, c) for g in range(more)]
@@ -143,14 +178,14 @@ def launch(host: Host, case: Case, run: Seen) -> None:
         return host.channel_gate_backward(seen, x, gates, out, None if frozen else memory("grad_x", n, c, h, w), grads)
     if case.op == "consensus_map":
         a, b, out = memory("a", n, c, h, w), memory("b", n, c, h, w), memory("out", n, 1, h, w)
-        needs = host.consensus_map_needs(a, more)
+        needs = host.consensus_map_needs(a, more, center)
         work, stats = (memory("sums", n * number, of=torch.float32) for number in needs)
         if not backward:
-            return host.consensus_map_forward(seen, a, b, out, stats, work, more)
+            return host.consensus_map_forward(seen, a, b, out, stats, work, more, center)
         grads = [memory(f"grad_{name}", n, c, h, w) for name in "ab"]
-        return host.consensus_map_backward(seen, a, b, out, grads[0], grads[1], stats, more)
+        return host.consensus_map_backward(seen, a, b, out, grads[0], grads[1], stats, more, center)
     x, out = memory("x", n, c, h, w), memory("out", n, c)
-    cmap = None if case.said == "no map" else memory("cmap", n, 1, h, w)
+    cmap = None if "no map" in options else memory("cmap", n, 1, h, w)
     if not backward:
         return host.consensus_pool_forward(seen, x, cmap, out)
     work = memory("sums", n * host.consensus_pool_workspace(x), of=torch.float32)

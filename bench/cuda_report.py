@@ -28,6 +28,7 @@ VERSION = (12, 9)  # figures of another compiler would be others
 
 # Kernels that fill less than half of a V100, and why that is right.
 REASONS: dict[str, str] = {
+    "channel_gate_backward": "`any`: numbers of four channels and of two gates are on their way; four blocks spill.",
     "consensus_map_partial": "7x7: what shared memory holds; a tile is on its way. 14x14: sums of 28 positions and 7 "
     "cells in registers. float64 spills in four blocks.",
     "consensus_map_backward": "7x7: as in `partial`. Other maps: three blocks spill nothing, four do.",

@@ -28,6 +28,8 @@ from bench.cuda_count import (
     CARDS,
     DTYPES,
     ISSUED,
+    OTHER_DTYPES,
+    OTHER_WAYS,
     SHAPES,
     WAYS,
     Card,
@@ -97,6 +99,11 @@ And of the block:
 
 {counts}
 
+Of maps in channels_last memory, of gated copies as the columns of one matrix (for `gated_projection`), and of the
+Pearson coefficient (`center`), for which there are the kernels for any map:
+
+{others}
+
 ## What they allow
 
 The share of a card's bandwidth that one thing alone would allow, the least of them in bold:
@@ -113,6 +120,10 @@ Those of the V100 are of the counts above, those of the others of PTX for `compu
 instruction and may copy to shared memory without a register between.
 
 {allowed}
+
+Of channels_last, of columns and of the Pearson coefficient:
+
+{others_allowed}
 """
 
 
@@ -155,9 +166,12 @@ def lines(work: Work) -> Iterator[str]:
 
 
 def cases(kernel: str = "", dtypes: Sequence[str] = tuple(DTYPES), shapes: Sequence[str] = tuple(SHAPES)) -> list[Case]:
-    """Those whose name has `kernel` in it, or matches it as a pattern."""
+    """Those whose name is `kernel`, or else those whose name has it in it, or matches it as a pattern."""
     found = [Case(*way, dtype, shape) for way in WAYS for dtype in dtypes for shape in shapes]
-    return [case for case in found if fnmatch.fnmatchcase(case.name, f"*{kernel}*")]
+    fewer = [dtype for dtype in dtypes if dtype in OTHER_DTYPES]
+    found += [Case(*way, dtype, shape) for way in OTHER_WAYS for dtype in fewer for shape in shapes]
+    named = [case for case in found if case.name == kernel]
+    return named or [case for case in found if fnmatch.fnmatchcase(case.name, f"*{kernel}*")]
 
 
 Found = tuple[dict[str, Work], Compiled]  # by the architecture of the PTX
@@ -172,7 +186,7 @@ def measured(chosen: Sequence[Case], csrc: Path, archs: Sequence[str]) -> Iterat
 def main(arguments: Sequence[str] | None = None) -> None:
     assert __doc__ is not None
     parser = Parser(prog="python -m bench.cuda_work", description=__doc__.partition("\n")[0])
-    parser.add_argument("--kernel", default="", help="part of a name, or a pattern such as pool_*frozen")
+    parser.add_argument("--kernel", default="", help="a name, a part of one, or a pattern such as pool_*frozen")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="all of them unless given")
     parser.add_argument("--shape", choices=tuple(SHAPES), help="all of them unless given")
     parser.add_argument("--card", choices=tuple(CARDS), default="V100", help="whose limits are shown (V100)")
@@ -222,17 +236,23 @@ def show(chosen: Sequence[Case], csrc: Path, card: str, every: bool) -> None:
 
 def report(found: Sequence[Found]) -> str:
     head = ["kernel", *(name for name, _ in COLUMNS)]
-    rows, allowed = [], []
+    rows: dict[bool, list[list[str]]] = {False: [], True: []}  # of the others
+    allowed: dict[bool, list[list[str]]] = {False: [], True: []}
     for works, compiled in found:
         work = works[ARCHS[0]]
-        rows.append([f"`{work.case}`", *counts(work)])
-        allowed.append([f"`{work.case}`", *(_reach(works[card.ptx], compiled, card) for card in CARDS.values())])
+        other = (work.case.op, work.case.stage, work.case.said) in OTHER_WAYS
+        rows[other].append([f"`{work.case}`", *counts(work)])
+        reach = (_reach(works[card.ptx], compiled, card) for card in CARDS.values())
+        allowed[other].append([f"`{work.case}`", *reach])
+    names = ["kernel", *CARDS]
     said = {
         "version": ".".join(map(str, cuda_report.VERSION)),
         "shapes": "; ".join(f"`{op}`: {shape.said}" for op, shape in PAPER.items()),
         "issued": ISSUED,
-        "counts": "\n".join(cuda_report.table(head, rows)),
-        "allowed": "\n".join(cuda_report.table(["kernel", *CARDS], allowed)),
+        "counts": "\n".join(cuda_report.table(head, rows[False])),
+        "others": "\n".join(cuda_report.table(head, rows[True])),
+        "allowed": "\n".join(cuda_report.table(names, allowed[False])),
+        "others_allowed": "\n".join(cuda_report.table(names, allowed[True])),
         "cards": "\n".join(
             f"- {name}: {card.processors} multiprocessors, {card.clock} GHz, {card.bandwidth:.0f} GB/s, "
             f"{card.latency:.0f} ns"

@@ -5,6 +5,7 @@ KERNEL, TILE, SEVEN, FOURTEEN, LINES = (
     f"csrc/cuda/consensus_map{part}" for part in (".cu", "_tile.cuh", "_seven.cuh", "_fourteen.cuh", "_lines.cuh")
 )
 SLAB, PACKS = "csrc/cuda/slab.cuh", "csrc/cuda/pool_packs.cuh"
+GATE_LAST, POOL_LAST = "csrc/cuda/gate_last.cuh", "csrc/cuda/pool_last.cuh"
 RACE, OVERFLOW = "WARNING: ThreadSanitizer: data race", "ERROR: AddressSanitizer: heap-buffer-overflow"
 DIVERGENT = r"divergent barrier in block 0: thread 0 waits at the barrier of \S+{file}:\d+, thread {thread} {state}"
 DIFFER = (
@@ -209,6 +210,20 @@ SEEDED = {
         "        add_slots",
         "consensus_pool float16 7x7, two chunks",
         {"thread": [RACE, "pool_packs.cuh"]},
+    ),
+    "groups of positions are added before all are there": (
+        GATE_LAST,
+        "    __syncthreads();\n    // The groups",
+        "    // The groups",
+        "channel_gate float16 packs of channels_last",
+        {"thread": [RACE, "gate_last.cuh"]},
+    ),
+    "a thread beyond the last pack of channels reads": (
+        POOL_LAST,
+        "across.walks ? count - across.group : 0;",
+        "count - across.group + across.groups;",
+        "consensus_pool float32 packs of channels_last",
+        {"address": [OVERFLOW, "READ of size", "pool_last.cuh"]},
     ),
     "some threads leave out a barrier": (
         KERNEL,

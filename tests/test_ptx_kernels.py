@@ -107,14 +107,17 @@ CALLS = (
         ((2, 3, 7, 7), "contiguous", "compute_70"),
         ((1, 8, 6, 4), "contiguous", "compute_80"),
         ((2, 5, 5, 3), "channels_last", "compute_70"),
+        ((1, 72, 5, 7), "channels_last", "compute_70"),
+        ((2, 16, 3, 5), "channels_last", "compute_80"),
     ],
-    ids=["7x7", "7x7 on 80", "few", "6x4 on 80", "channels_last"],
+    ids=["7x7", "7x7 on 80", "few", "6x4 on 80", "channels_last", "packs of channels", "packs of channels on 80"],
 )
 def test_results_are_right(compiled, host, call, dtype, shape, layout, arch):
     tensors = random_tensors(call, *shape, dtype)
     tensors = [lay_out(t, layout if t.dim() == 4 and t.shape[1] > 1 else "contiguous") for t in tensors]
     wanted = call.exact(tensors)
-    grad = random_grad(torch.empty(wanted.value.shape, dtype=call.result_dtype(tensors)), key=call.names)
+    grad = torch.empty(wanted.value.shape, dtype=call.result_dtype(tensors))
+    grad = random_grad(grad, layout if grad.dim() == 4 and grad.shape[1] > 1 else "contiguous", key=call.names)
     out, grads, ran = simulated(compiled.module(call.op, arch), host, call, tensors, grad)
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
     exact.assert_close(out, wanted.value, exact.bound(wanted, out.dtype, accumulation), f"{call}")

@@ -2,10 +2,12 @@
 // gradients.
 //
 // A block takes a chunk of the channels of one sample. Where channels lie one after another in whole packs it walks
-// over them 16 bytes at a time (form `packs`, gate_packs.cuh). In the form `any`, lanes take the positions of a channel
-// where those lie one after another (gate_lines.cuh). In any other memory, channels_last above all, a thread takes a
-// channel and walks over the positions, so that neighbouring threads read neighbouring numbers. Sums over positions
-// (the gradients of the gates) have one order in each of these ways, whatever else is in the batch.
+// over them 16 bytes at a time (form `packs`, gate_packs.cuh). The form `any` knows three ways: in channels_last memory
+// of whole packs a thread takes a pack of channels and walks over the positions (gate_last.cuh); where the positions of
+// a channel lie one after another, lanes take them (gate_lines.cuh); in any other memory a thread takes one channel, so
+// that neighbouring threads read neighbouring numbers. Sums over positions (the gradients of the gates) have one order
+// in each of these ways, whatever else is in the batch.
+#include "cuda/gate_last.cuh"
 #include "cuda/gate_lines.cuh"
 #include "cuda/gate_packs.cuh"
 
@@ -14,6 +16,9 @@ namespace {
 
 template <class T>
 __device__ void forward(const ChannelGateArguments &m) {
+    if constexpr (sizeof(T) < 8)
+        if (m.last)
+            return forward_last<T>(m);
     using A = typename acc_of<T>::type;
     M3EM_SHARED(memory);
     A *gates = reinterpret_cast<A *>(memory);
@@ -39,6 +44,9 @@ __device__ void forward(const ChannelGateArguments &m) {
 
 template <class T>
 __device__ void backward(const ChannelGateArguments &m) {
+    if constexpr (sizeof(T) < 8)
+        if (m.last)
+            return m.num_gates == 2 ? backward_last<T, 2>(m) : backward_last<T, 1>(m);
     using A = typename acc_of<T>::type;
     M3EM_SHARED(memory);
     A *gates = reinterpret_cast<A *>(memory);
@@ -80,16 +88,19 @@ __device__ void backward(const ChannelGateArguments &m) {
 } // namespace
 } // namespace m3em
 
-#define M3EM_CHANNEL_GATE(dtype, T, form, forward, backward)                                                           \
-    M3EM_KERNEL(channel_gate_forward_##dtype##_##form, m3em::GateThreads, m3em::GateBlocks,                            \
-                m3em::ChannelGateArguments, m3em::forward<T>)                                                          \
-    M3EM_KERNEL(channel_gate_backward_##dtype##_##form, m3em::GateThreads, m3em::GateBackwardBlocks,                   \
-                m3em::ChannelGateArguments, m3em::backward<T>)
+#define M3EM_CHANNEL_GATE(name, blocks, ...)                                                                           \
+    M3EM_KERNEL(channel_gate_##name, m3em::GateThreads, blocks, m3em::ChannelGateArguments, __VA_ARGS__)
+#define M3EM_CHANNEL_GATE_PACKS(dtype, T)                                                                              \
+    M3EM_CHANNEL_GATE(forward_##dtype##_packs, m3em::GateBlocks, m3em::forward_packs<T>)                               \
+    M3EM_CHANNEL_GATE(backward_##dtype##_packs, m3em::GateBlocks, m3em::backward_packs<T>)
+#define M3EM_CHANNEL_GATE_ANY(dtype, T)                                                                                \
+    M3EM_CHANNEL_GATE(forward_##dtype##_any, m3em::GateBlocks, m3em::forward<T>)                                       \
+    M3EM_CHANNEL_GATE(backward_##dtype##_any, m3em::GateBackwardBlocks, m3em::backward<T>)
 
-M3EM_CHANNEL_GATE(f32, float, packs, forward_packs, backward_packs)
-M3EM_CHANNEL_GATE(f16, __half, packs, forward_packs, backward_packs)
-M3EM_CHANNEL_GATE(bf16, __nv_bfloat16, packs, forward_packs, backward_packs)
-M3EM_CHANNEL_GATE(f64, double, any, forward, backward)
-M3EM_CHANNEL_GATE(f32, float, any, forward, backward)
-M3EM_CHANNEL_GATE(f16, __half, any, forward, backward)
-M3EM_CHANNEL_GATE(bf16, __nv_bfloat16, any, forward, backward)
+M3EM_CHANNEL_GATE_PACKS(f32, float)
+M3EM_CHANNEL_GATE_PACKS(f16, __half)
+M3EM_CHANNEL_GATE_PACKS(bf16, __nv_bfloat16)
+M3EM_CHANNEL_GATE_ANY(f64, double)
+M3EM_CHANNEL_GATE_ANY(f32, float)
+M3EM_CHANNEL_GATE_ANY(f16, __half)
+M3EM_CHANNEL_GATE_ANY(bf16, __nv_bfloat16)

@@ -7,7 +7,7 @@ namespace m3em {
 namespace {
 
 constexpr int GateThreads = 256, GateBlocks = 4, MaxGates = 8;
-constexpr int GateBackwardBlocks = 3; // of the form `any`
+constexpr int GateBackwardBlocks = 3; // of the form `any`: four spill
 
 // A tensor (N,C), in the type of the maps or, `wide`, in the accumulation type.
 struct Gate {
@@ -31,7 +31,8 @@ struct ChannelGateArguments {
     int packs;    // of a chunk
     int halves;   // backward: 2^halves threads add the sums of packs of one channel
     int rows;     // all maps hold the numbers of a sample one after another, channel by channel, in one type
-    int lanes;    // form `any`: that take a channel whose positions lie one after another in all maps; else 0
+    int last;     // form `any`: threads that walk where all maps are channels_last in whole packs, in one type; or 0
+    int lanes;    // else: that take a channel whose positions lie one after another in all maps; or 0
     int across;   // else: neighbouring threads take neighbouring channels, not positions
     int wide;     // out and grad_out are in the accumulation type, whatever x is; then not `rows`
 };

@@ -4,7 +4,6 @@
 #include "cuda/channel_gate.cuh"
 
 #include <climits>
-#include <cstdint>
 #include <initializer_list>
 
 namespace m3em {
@@ -17,7 +16,7 @@ inline bool packed(const ChannelGateArguments &m, int element) {
     if (!m.rows || element == 8 || walkers(GateThreads, int(positions), wide) == 0 || m.c * positions % wide != 0)
         return false;
     for (const Map *map : {&m.x, &m.out, &m.grad_out, &m.grad_x})
-        if (map->data && (reinterpret_cast<uintptr_t>(map->data) % 16 != 0 || map->stride[0] % wide != 0))
+        if (!in_packs(*map, wide))
             return false;
     return true;
 }
@@ -30,6 +29,18 @@ inline bool in_lines(const ChannelGateArguments &m) {
     return true;
 }
 
+// Whether all maps are channels_last in whole packs, and every gated copy begins with one.
+inline bool last_packed(const ChannelGateArguments &m, int element) {
+    const int wide = 16 / element;
+    const bool known = m.out.data || m.grad_out.data;
+    if (!known || m.rows || m.wide || element == 8 || m.c % wide != 0)
+        return false;
+    for (const Map *map : {&m.x, &m.out, &m.grad_out, &m.grad_x})
+        if (!last_in_packs(*map, m.h, m.w, wide))
+            return false;
+    return true;
+}
+
 struct ChannelGatePlan {
     long long forward_bytes = 0, backward_bytes = 0; // of shared memory
 
@@ -38,6 +49,8 @@ struct ChannelGatePlan {
         const int number = element == 8 ? 8 : 4; // bytes of one that is added up
         if (packed)
             plan_packs(m, number, 16 / element);
+        else if (last_packed(m, element))
+            plan_last(m, 16 / element);
         else
             plan_any(m, number);
     }
@@ -61,6 +74,21 @@ private:
             ++m.halves;
         forward_bytes = (long long)number * m.num_gates * m.chunk;
         backward_bytes = forward_bytes + (long long)number * m.num_gates * (m.packs + m.chunk);
+    }
+
+    void plan_last(ChannelGateArguments &m, int wide) {
+        const long long positions = (long long)m.h * m.w;
+        // At least 128 bytes of a position, and of those as many as are a few packs for every thread.
+        m.chunk = 64;
+        while (m.chunk < 256 && m.chunk * positions < 8192)
+            m.chunk *= 2;
+        if (m.chunk > m.c)
+            m.chunk = m.c;
+        m.chunks = (m.c + m.chunk - 1) / m.chunk;
+        // Each has a sum for every number of a pack and every gate.
+        m.last = m.num_gates > 4 ? GateThreads / 2 : GateThreads;
+        forward_bytes = 4LL * m.num_gates * m.chunk;
+        backward_bytes = forward_bytes + 4LL * m.num_gates * m.last * wide;
     }
 
     void plan_any(ChannelGateArguments &m, int number) {

@@ -24,7 +24,7 @@ ConsensusMapArguments arguments_of(const ConsensusMap &given) {
 MapForm form_of(const ConsensusMapArguments &m, const ConsensusMap &given) {
     const int element = element_of(given.a.dtype);
     for (const Tensor *t : {&given.a, &given.b, &given.grad_a, &given.grad_b})
-        if (!in_rows(*t, m.d, m.h, m.w) || !in_packs(*t, element))
+        if (!in_rows(*t, m.d, m.h, m.w) || !in_packs(map_of(*t), 16 / element))
             return MapForm::any;
     return ConsensusMapPlan::form_of(m, element);
 }

@@ -22,6 +22,13 @@
 namespace m3em {
 namespace {
 
+// How `count` channels are shared by groups that take one after another in turn.
+struct Split {
+    int each, more; // the first groups have one more
+    __device__ Split(int count, int groups) : each(count / groups), more(count - each * groups) {}
+    __device__ int of(int group) const { return each + (group < more); }
+};
+
 // Sums of one chunk of one sample.
 template <class T>
 __device__ void partial(const ConsensusMapArguments &m) {
@@ -40,21 +47,23 @@ __device__ void partial(const ConsensusMapArguments &m) {
     for (int i = tid; i < groups * g.cells * per_cell; i += MapThreads)
         sums[i] = 0;
     room.make_windows(g);
-    int done = 0; // channels of this thread's group so far
+    const Divisors<T> divided(g.positions, m.tile);
+    const int whole = Split(m.tile, groups).of(group); // channels of a tile that this thread's group has
+    int done = 0;                                      // channels of this thread's group so far
     for (int c = c0; c < c1; c += m.tile) {
         const int count = c1 - c < m.tile ? c1 - c : m.tile;
         __syncthreads();
-        load_tile(m.a, part.n, c, count, g.h, g.w, room.pitch, room.a);
-        load_tile(m.b, part.n, c, count, g.h, g.w, room.pitch, room.b);
+        load_tile(m.a, divided, part.n, c, m.d, m.tile, count, g.h, g.w, room.pitch, room.a);
+        load_tile(m.b, divided, part.n, c, m.d, m.tile, count, g.h, g.w, room.pitch, room.b);
         await_copies();
         __syncthreads();
         pool_tiles<false>(g, room, count, static_cast<const A *>(nullptr));
         __syncthreads();
         if (group >= groups)
             continue;
-        const int mine = count > group ? (count - group + groups - 1) / groups : 0;
-        const Share<A> share(done, mine);
-        const A one = mine ? A(1) / A(mine) : A(0);
+        const int mine = count == m.tile ? whole : Split(count, groups).of(group);
+        const Share<A> share = center ? Share<A>(done, mine) : Share<A>(0, 0);
+        const A one = center && mine ? A(1) / A(mine) : A(0);
         const auto add = [&](int cell, int step, const auto *a, const auto *b) {
             Sums<A> here;
             here.clear();
@@ -88,6 +97,8 @@ __device__ void partial(const ConsensusMapArguments &m) {
     __syncthreads();
     // The groups in their order. How many channels each had follows from the tiles.
     A *to = static_cast<A *>(m.partial) + (long long)blockIdx.x * g.cells * per_cell;
+    const int tiles = part.count / m.tile;
+    const Split in_tile(m.tile, groups), in_last(part.count - tiles * m.tile, groups);
 #pragma unroll 1
     for (int cell = tid; cell < g.cells; cell += MapThreads) {
         Sums<A> total, other;
@@ -95,13 +106,9 @@ __device__ void partial(const ConsensusMapArguments &m) {
         int channels = 0;
 #pragma unroll 1
         for (int i = 0; i < groups; ++i) {
-            int more = 0;
-            for (int c = c0; c < c1; c += m.tile) {
-                const int count = c1 - c < m.tile ? c1 - c : m.tile;
-                more += count > i ? (count - i + groups - 1) / groups : 0;
-            }
+            const int more = tiles * in_tile.of(i) + in_last.of(i);
             other.load(sums + (i * g.cells + cell) * per_cell, center);
-            total.merge(other, Share<A>(channels, more), center);
+            total.merge(other, center ? Share<A>(channels, more) : Share<A>(0, 0), center);
             channels += more;
         }
         total.store(to + cell * per_cell, center);
@@ -247,10 +254,11 @@ __device__ void backward(const ConsensusMapArguments &m) {
     const int q0 = groups > 1 ? tid - group * g.positions : tid, stride = groups > 1 ? g.positions : MapThreads;
     room.make_windows(g);
     make_holders(g, holders);
+    const Divisors<T> divided(g.positions, m.tile);
     for (int c = c0; c < c1; c += m.tile) {
         const int count = c1 - c < m.tile ? c1 - c : m.tile;
-        load_tile(m.a, n, c, count, g.h, g.w, room.pitch, room.a);
-        load_tile(m.b, n, c, count, g.h, g.w, room.pitch, room.b);
+        load_tile(m.a, divided, n, c, m.d, m.tile, count, g.h, g.w, room.pitch, room.a);
+        load_tile(m.b, divided, n, c, m.d, m.tile, count, g.h, g.w, room.pitch, room.b);
         if (c == c0) // while the tiles are on their way
             make_factors<T, A>(g, m, n, stats, room.pooled_a, room.pooled_a + g.positions, factors);
         await_copies();
@@ -309,9 +317,9 @@ __device__ void backward(const ConsensusMapArguments &m) {
         }
         __syncthreads();
         if (m.grad_a.data)
-            store_tile(m.grad_a, n, c, count, g.h, g.w, room.pitch, room.a);
+            store_tile(m.grad_a, divided, n, c, m.d, m.tile, count, g.h, g.w, room.pitch, room.a);
         if (m.grad_b.data)
-            store_tile(m.grad_b, n, c, count, g.h, g.w, room.pitch, room.b);
+            store_tile(m.grad_b, divided, n, c, m.d, m.tile, count, g.h, g.w, room.pitch, room.b);
         __syncthreads();
     }
 }

@@ -5,9 +5,10 @@
 // channel: its threads walk over them in steps of whole channels, so that a thread has the same positions in every
 // step. Their weights, and the sums of the map's gradient, stay in its registers, and shared memory gets one number, or
 // two, for a pack. The form `any` is for everything else: channels that lie one after another go through shared memory
-// number by number; in any other memory, channels_last above all, neighbouring threads take neighbouring channels. The
-// map's gradient is a sum over all channels: a second kernel adds the chunks in their order. Every sum has one order,
-// by C, H, W, dtype and form.
+// number by number; in channels_last memory of whole packs neighbouring threads take neighbouring packs of channels
+// (pool_last.cuh), in any other memory neighbouring channels. The map's gradient is a sum over all channels: a second
+// kernel adds the chunks in their order. Every sum has one order, by C, H, W, dtype and form.
+#include "cuda/pool_last.cuh"
 #include "cuda/pool_packs.cuh"
 
 namespace m3em {
@@ -15,6 +16,9 @@ namespace {
 
 template <class T>
 __device__ void forward(const ConsensusPoolArguments &m) {
+    if constexpr (sizeof(T) < 8)
+        if (m.last)
+            return forward_last<T>(m);
     using A = typename acc_of<T>::type;
     M3EM_SHARED(memory);
     const int p = m.h * m.w, pitch = odd(m.segment), tid = threadIdx.x;
@@ -107,6 +111,9 @@ __device__ void backward_tile(const ConsensusPoolArguments &m, const Part &part,
 
 template <class T>
 __device__ void backward(const ConsensusPoolArguments &m) {
+    if constexpr (sizeof(T) < 8)
+        if (m.last)
+            return backward_last<T>(m);
     using A = typename acc_of<T>::type;
     M3EM_SHARED(memory);
     const int p = m.h * m.w, pitch = odd(m.segment), tid = threadIdx.x;

@@ -41,13 +41,9 @@ struct ConsensusPoolArguments {
     int spread;       // how many threads add those of a channel: 2 to this power
     int groups;       // backward: threads that add for one position of the map's gradient
     unsigned inverse; // of h * w, see quotient()
-};
 
-// i / d for small numbers, without a division: i * d below 2^32.
-__host__ __device__ constexpr unsigned inverse_of(int d) { return unsigned((1ull << 32) / d + 1); }
-__host__ __device__ constexpr int quotient(unsigned i, unsigned inverse) {
-    return int((unsigned long long)i * inverse >> 32);
-}
+    int last; // the form `any`: all maps are channels_last in whole packs
+};
 
 } // namespace
 } // namespace m3em

@@ -3,9 +3,6 @@
 
 #include "cuda/consensus_pool.cuh"
 
-#include <cstdint>
-#include <initializer_list>
-
 namespace m3em {
 namespace {
 
@@ -14,12 +11,15 @@ namespace {
 inline bool packed(const ConsensusPoolArguments &m, int element) {
     const int wide = 16 / element;
     const long long positions = (long long)m.h * m.w;
-    bool fit = m.rows && element < 8 && m.c * positions % wide == 0;
-    fit = fit && positions <= PackThreads * wide && walkers(PackThreads, int(positions), wide) > 0;
-    for (const Map *map : {&m.x, &m.grad_x})
-        if (map->data)
-            fit = fit && reinterpret_cast<uintptr_t>(map->data) % 16 == 0 && map->stride[0] % wide == 0;
-    return fit;
+    return m.rows && element < 8 && m.c * positions % wide == 0 && positions <= PackThreads * wide &&
+           walkers(PackThreads, int(positions), wide) > 0 && in_packs(m.x, wide) && in_packs(m.grad_x, wide);
+}
+
+// Whether all maps that are there are channels_last in whole packs.
+inline bool last_packed(const ConsensusPoolArguments &m, int element) {
+    const int wide = 16 / element;
+    return (m.x.data || m.grad_x.data) && !m.rows && element < 8 && m.c % wide == 0 &&
+           last_in_packs(m.x, m.h, m.w, wide) && last_in_packs(m.grad_x, m.h, m.w, wide);
 }
 
 struct ConsensusPoolPlan {
@@ -45,6 +45,11 @@ struct ConsensusPoolPlan {
             pack(m, int(positions), 16 / element);
         else
             any(m, positions, number);
+        m.last = !packed && last_packed(m, element);
+        if (m.last) {
+            forward_bytes = 4LL * (m.segment + PoolThreads * (16 / element));
+            backward_bytes = 4LL * (m.chunk + m.segment);
+        }
     }
 
 private:

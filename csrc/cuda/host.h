@@ -28,11 +28,6 @@ inline bool in_rows(const Tensor &t, int64_t c, int64_t h, int64_t w) {
     return !t.data || ((w == 1 || s[3] == 1) && (h == 1 || s[2] == w) && (c == 1 || s[1] == h * w));
 }
 
-// Whether every sample of a map that is there begins on a boundary of 16 bytes.
-inline bool in_packs(const Tensor &t, int element) {
-    return !t.data || ((reinterpret_cast<uintptr_t>(t.data) | uintptr_t(t.stride[0] * element)) & 15) == 0;
-}
-
 inline int element_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; } // bytes
 
 } // namespace

@@ -25,6 +25,7 @@ const Shape shapes[] = {
     {"16x16, whole packs", 1, 3, 16, 16, 1, false, Layout::contiguous, false},
     {"7x7, kernels for every shape", 1, 40, 7, 7, 3, true, Layout::contiguous, true},
     {"7x7 channels_last", 1, 33, 7, 7, 2, false, Layout::channels_last, false},
+    {"packs of channels_last", 1, 72, 7, 7, 2, false, Layout::channels_last, false},
     {"5x3", 1, 7, 5, 3, 1, false, Layout::contiguous, false},
     {"5x3 sliced", 1, 5, 5, 3, 2, false, Layout::sliced, false},
     {"7x151, parts of a channel", 1, 12, 7, 151, 4, false, Layout::contiguous, false},

@@ -22,6 +22,7 @@ const Shape shapes[] = {
     {"7x7 center channels_last", 1, 66, 7, 7, 3, true, Layout::channels_last, false},
     {"5x3 center", 2, 33, 5, 3, 3, true, Layout::contiguous, true},
     {"7x8 sliced", 1, 6, 7, 8, 4, false, Layout::sliced, false},
+    {"packs of channels_last", 1, 72, 7, 7, 3, false, Layout::channels_last, false},
     {"17x16 channels_last", 1, 3, 17, 16, 3, false, Layout::channels_last, false},
     {"14x14", 1, 72, 14, 14, 3, false, Layout::contiguous, false},
     {"8x8 center", 1, 40, 8, 8, 4, true, Layout::contiguous, false},

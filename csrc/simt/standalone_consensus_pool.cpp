@@ -23,6 +23,7 @@ const Shape shapes[] = {
     {"7x7, two chunks, any", 1, 360, 7, 7, true, true, Layout::contiguous, true},
     {"7x7 without a map", 1, 4, 7, 7, false, false, Layout::contiguous, false},
     {"7x7 channels_last", 1, 34, 7, 7, true, false, Layout::channels_last, false},
+    {"packs of channels_last", 1, 360, 7, 7, true, false, Layout::channels_last, false},
     {"16x16, tiles", 1, 72, 16, 16, true, false, Layout::contiguous, true},
     {"3x3 without a map", 2, 16, 3, 3, false, false, Layout::contiguous, false},
     {"5x3", 1, 6, 5, 3, true, false, Layout::contiguous, false},
