@@ -54,8 +54,8 @@ WAYS = (
     ("consensus_pool", "backward", "x frozen"),
     ("consensus_pool", "backward", "no map"),
 )
-# The same of maps in channels_last memory; gated copies as the columns of one matrix, which is how gated_projection wants
-# them; and the Pearson coefficient: other kernels, which fewer calls need.
+# The same of maps in channels_last memory; gated copies as the columns of one matrix, as gated_projection wants them;
+# and the Pearson coefficient: other kernels, which fewer calls need.
 OTHER_WAYS = (
     *((op, stage, f"{said}, channels_last".removeprefix(", ")) for op, stage, said in WAYS),
     ("channel_gate", "forward", "columns"),

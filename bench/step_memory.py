@@ -6,8 +6,8 @@ TA3N + M3EM on frozen RGB and flow maps (1024 x 7 x 7) and audio vectors (1024) 
 under autocast to float16 with loss scaling, as ``train.py --precision fp16`` does it. Everything that torch allocates
 between the batch and the end of the optimizer's step is counted in steps of a few clips; what grows with the clips is
 extended on a straight line through two of them, and a third one says how straight it is. On a card the workspace of
-``gated_projection`` comes on top: gated operands, and what a product makes of them. Not counted: the driver's own memory, what torch's libraries keep, and what the
-allocator rounds up.
+``gated_projection`` comes on top: gated operands, and what a product makes of them. Not counted: the driver's own
+memory, what torch's libraries keep, and what the allocator rounds up.
 """
 
 from __future__ import annotations
