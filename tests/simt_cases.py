@@ -187,6 +187,11 @@ def form_of_consensus_map(call, *maps):
     return f"{h}x{w}" if fits else "any"
 
 
+def forms_of_consensus_map(forward, backward):
+    """Of its three kernels, from which serve its passes: chunks of 14x14 are put together by the kernel for any map."""
+    return [forward, "any" if forward == "14x14" else forward, backward]
+
+
 def orders_that_catch(driver, run):
     """The orders of threads in which `run` fails."""
     caught = []

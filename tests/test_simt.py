@@ -11,7 +11,7 @@ from m3em_fast import backends
 from m3em_fast.backends import BackendError, native
 from m3em_fast.ops._cpu import DTYPES as NUMBERS
 from op_cases import DTYPES, HALF, Call, check, lay_out, random_grad, random_tensors
-from simt_cases import ORDERS, form_of_consensus_map, launched
+from simt_cases import ORDERS, form_of_consensus_map, forms_of_consensus_map, launched
 
 # One chunk and several, full tiles and parts of one, more cells than threads, maps longer than wide.
 SHAPES = [(2, 64, 7, 7), (1, 200, 7, 7), (2, 5, 14, 14), (2, 3, 5, 3), (1, 33, 1, 1), (2, 8, 1, 9), (1, 130, 7, 8)]
@@ -41,7 +41,7 @@ def test_consensus_map(driver, dtype, shape, layout, center):
     tensors = random_tensors(call, *shape, dtype, layouts=[layout] * 2)
     _, gradients = check("simt", call, tensors)
     forward = form_of_consensus_map(call, *tensors)
-    forms = forward, forward, form_of_consensus_map(call, *tensors, *gradients)
+    forms = forms_of_consensus_map(forward, form_of_consensus_map(call, *tensors, *gradients))
     expected = [f"consensus_map_{stage}_{KINDS[dtype]}_{form}" for stage, form in zip(STAGES, forms, strict=True)]
     assert launched(driver) == (expected if shape[0] else [])
 
@@ -65,10 +65,11 @@ def test_no_order_of_threads_changes_a_bit(driver, dtype, shape, center, layout)
 @EVERY_DTYPE
 @pytest.mark.parametrize("scales", [1, 2])
 def test_the_general_kernels_on_the_special_shape(driver, dtype, scales):
-    """The kernels for 7x7 are for three scales alone."""
+    """The kernels for 7x7 and 14x14 are for three scales alone."""
     call = Call("consensus_map", options={"num_scales": scales})
     driver.log()
-    check("simt", call, random_tensors(call, 1, 200, 7, 7, dtype))
+    for side, d in ((7, 200), (14, 20)):
+        check("simt", call, random_tensors(call, 1, d, side, side, dtype))
     assert all(name.endswith("_any") for name in launched(driver))
 
 

@@ -13,7 +13,7 @@ from m3em_fast.backends import native
 from m3em_fast.ops import _cuda
 from m3em_fast.ops._cpu import DTYPES as NUMBERS
 from op_cases import HALF, Call, check, lay_out, random_grad, random_tensors
-from simt_cases import ORDERS, ROOT, launched
+from simt_cases import ORDERS, ROOT, forms_of_consensus_map, launched
 
 CALL = Call("consensus_map")
 ELEMENT = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
@@ -42,17 +42,12 @@ def special(side):
     return f"{side}x{side}"
 
 
-def in_order(forward, backward):
-    """Forms of the three kernels of a call: chunks of 14x14 are put together by the kernel for any map."""
-    return [forward, "any" if forward == "14x14" else forward, backward]
-
-
 def served(driver, tensors, form=None, **options):
     """Checked results of the kernels for this size, or of those of another form."""
     driver.log()
     found = check("simt", CALL, tensors, **options)
     form = form or special(tensors[0].shape[2])
-    assert forms(driver) == in_order(form, form)
+    assert forms(driver) == forms_of_consensus_map(form, form)
     return found
 
 
@@ -186,7 +181,7 @@ def test_each_pass_understands_the_other_form(driver, dtype, side, d, first, sec
     driver.log()
     out, stats = forward(*(lay_out(t, first) for t in tensors))
     gradients = backward(*(lay_out(t, second) for t in tensors), grad, stats, layouts)
-    assert forms(driver) == in_order(*(special(side) if fits else "any" for fits in fit))
+    assert forms(driver) == forms_of_consensus_map(*(special(side) if fits else "any" for fits in fit))
     wanted = CALL.exact(tensors)
     exact.assert_close(out, wanted.value, exact.bound(wanted, dtype, torch.float32))
     for gradient, wanted in zip(gradients, CALL.exact_gradients(tensors, grad), strict=True):
@@ -240,7 +235,7 @@ def test_nan_and_infinity_reach_the_cells_that_hold_them(driver, value, dtype, s
                 assert found[0].isfinite().all() and torch.equal(~found[1].isfinite(), wrong.expand(found[1].shape))
             assert torch.equal(stats[0], plain[0]) and torch.equal(stats[1, ~reached], plain[1, ~reached])
             assert stats[1, reached].isnan().any(1).all()
-    assert set(forms(driver)) == {*in_order(special(side), special(side))}
+    assert set(forms(driver)) == {*forms_of_consensus_map(special(side), special(side))}
 
 
 @pytest.mark.parametrize(
