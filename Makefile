@@ -54,9 +54,9 @@ help:
 	@echo "PY=python3.12 chooses the Python of the virtual environment, CXX=clang++ the compiler."
 
 train: $(VENV)/.train build
-	$(BIN)/python -m m3em_fast.data.digits --out $(DATA)
-	set -e; for method in $(METHODS); do $(BIN)/python train.py --method $$method --data $(DATA) --run $(RUN)/$$method; done
-	M3EM_BACKEND=reference $(BIN)/python train.py --method m3em --data $(DATA) --run $(RUN)/m3em-reference
+	$(BIN)/python -m m3em_fast.data.digits --out "$(DATA)"
+	set -e; for method in $(METHODS); do $(BIN)/python train.py --method $$method --data "$(DATA)" --run $(RUN)/$$method; done
+	M3EM_BACKEND=reference $(BIN)/python train.py --method m3em --data "$(DATA)" --run $(RUN)/m3em-reference
 	$(BIN)/python -m m3em_fast.uda.report $(addprefix $(RUN)/,$(METHODS)) --reference $(RUN)/m3em-reference --markdown $(RUN)/comparison.md
 
 # Real labels, generated features. The submission is of the drawn clips of target_test: the server would refuse it.

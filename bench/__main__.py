@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 from m3em_fast.data import _extra
 
 if __name__ == "__main__":
-    _extra.require("python -m bench", "rich", "tyro")
+    _extra.require("bench", "rich", "tyro")
 
 import torch
 import tyro

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from bench.cuda_host import Failed, Host, Launch
-from bench.cuda_report import PAPER, PROCESSORS, Usage, occupancy, usages
+from bench.cuda_plan import PAPER
+from bench.cuda_report import PROCESSORS, Usage, occupancy, usages
 from bench.ptx import code as ptx
 from bench.ptx.cost import KINDS, cost, kind
 from bench.ptx.machine import Machine

@@ -9,17 +9,14 @@ or, without a reason in REASONS, less than half of the occupancy on a V100.
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
-import subprocess
 import sys
-import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+from bench.cuda_plan import ELEMENT, FORMS, FRAMES, PAPER, PLANS, Broken, Shape, plan
 from m3em_fast import nvrtc
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,72 +55,6 @@ PROCESSORS = {
 }
 # GB/s, from NVIDIA's data sheets.
 BANDWIDTH = {"V100": 900, "A100 80 GB": 2039, "H100 SXM": 3350}
-ELEMENT = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2}
-
-# The host's plan, asked by a program of a few lines: with what a kernel is launched for a shape.
-# Arguments: bytes of a number of the maps, the form's number in FORMS, and of the shape n, c, h, w, more.
-PROGRAM = """
-#include "cuda/{op}.h"
-#include <cstdio>
-#include <cstdlib>
-int main(int, char **v) {{
-    m3em::{name}Arguments m = {{}};
-    m.n = atoi(v[3]), m.{channels} = atoi(v[4]), m.h = atoi(v[5]), m.w = atoi(v[6]), m.{more} = atoi(v[7]);
-    const m3em::{name}Plan p(m, atoi(v[1]), {form}(atoi(v[2])));
-    const long long values[] = {{{values}}};
-    for (long long value : values)
-        printf("%lld ", value);
-}}
-"""
-# By op, as its plan numbers them.
-FORMS = {
-    "consensus_map": ("any", "7x7", "14x14"),
-    "channel_gate": ("any", "packs"),
-    "consensus_pool": ("any", "packs"),
-}
-# By op: the plan's type for a form, what its arguments call the channels and Shape.more, and what is asked.
-PLANS = {
-    "consensus_map": (
-        "m3em::MapForm",
-        "d",
-        "scales",
-        ("p.partial_bytes", "p.finish_bytes", "p.backward_bytes", "m.chunks", "p.workspace", "p.stats"),
-    ),
-    "channel_gate": ("bool", "c", "num_gates", ("p.forward_bytes", "p.backward_bytes")),
-    "consensus_pool": (
-        "bool",
-        "c",
-        "rows",
-        ("p.forward_bytes", "p.backward_bytes", "p.finish_bytes", "m.chunks", "p.workspace"),
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Shape:
-    n: int
-    c: int
-    h: int
-    w: int
-    more: int  # scales of consensus_map, gates of channel_gate
-    said: str
-
-    def __str__(self) -> str:
-        return f"{self.h}x{self.w}, {self.said}"
-
-
-# A step of the paper: 128 source and 207 target clips of 5 frames.
-FRAMES = (128 + 207) * 5
-PAPER = {
-    "consensus_map": Shape(FRAMES, 512, 7, 7, 3, "D = 512, 3 scales"),
-    "channel_gate": Shape(FRAMES, 1024, 7, 7, 2, "C = 1024, 2 gates"),
-    "consensus_pool": Shape(FRAMES, 1024, 7, 7, 0, "C = 1024"),
-}
-
-
-def shape_of(op: str, form: str) -> Shape:
-    """What the launch of a kernel is reported for."""
-    return PAPER[op] if form in ("7x7", "packs") else replace(PAPER[op], h=14, w=14)
 
 
 @dataclass(frozen=True)
@@ -147,10 +78,6 @@ class Usage:
     spilled: int
 
 
-class Broken(Exception):
-    """There can be no report. The message is one sentence."""
-
-
 def usages(log: str) -> dict[str, Usage]:
     """By kernel, from what ptxas -v says."""
     found = {}
@@ -166,26 +93,6 @@ def usages(log: str) -> dict[str, Usage]:
     return found
 
 
-def plan(op: str, form: str, dtype: str, csrc: Path) -> dict[str, int]:
-    """What the host's plan says for a shape, by name; a stage's shared memory by the name of the stage."""
-    kind, channels, more, asked = PLANS[op]
-    name = op.title().replace("_", "")
-    source = PROGRAM.format(op=op, name=name, form=kind, channels=channels, more=more, values=", ".join(asked))
-    shape = shape_of(op, form)
-    values = (ELEMENT[dtype], FORMS[op].index(form), shape.n, shape.c, shape.h, shape.w, shape.more)
-    with tempfile.TemporaryDirectory() as folder:
-        program = str(Path(folder) / "plan")
-        command = [*shlex.split(os.environ.get("CXX") or "g++"), "-std=c++17", f"-I{csrc}", "-x", "c++", "-", "-o"]
-        try:
-            done = subprocess.run([*command, program], input=source, text=True, capture_output=True)
-        except OSError as error:
-            raise Broken(f"The host's plan cannot be asked without a C++ compiler ({error}).") from None
-        if done.returncode:
-            raise Broken(f"The host's plan of {op} does not compile:\n{done.stderr}")
-        words = subprocess.run([program, *map(str, values)], text=True, capture_output=True, check=True).stdout.split()
-    return {name[2:].removesuffix("_bytes"): int(word) for name, word in zip(asked, words, strict=True)}
-
-
 def measure(csrc: Path = ROOT / "csrc") -> tuple[list[Kernel], dict[str, dict[str, Usage]]]:
     """All kernels of a tree, and what each of them uses by name and architecture."""
     compiler = nvrtc.find()
@@ -197,7 +104,7 @@ def measure(csrc: Path = ROOT / "csrc") -> tuple[list[Kernel], dict[str, dict[st
     for path in sorted((csrc / "cuda").glob("*.cu")):
         op, source, name = path.stem, path.read_text(), f"csrc/cuda/{path.name}"
         if op not in PLANS:
-            raise Broken(f"{name} has no plan in bench/cuda_report.py, so its shared memory is not known.")
+            raise Broken(f"{name} has no plan in bench/cuda_plan.py, so its shared memory is not known.")
         ptx = nvrtc.cached(compiler, source, name, "compute_80", headers).image.decode()
         plans: dict[tuple[str, str], dict[str, int]] = {}
         for entry, threads in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx):
@@ -210,7 +117,7 @@ def measure(csrc: Path = ROOT / "csrc") -> tuple[list[Kernel], dict[str, dict[st
             if kind not in plans:
                 plans[kind] = plan(op, form, dtype, csrc)
             if stage not in plans[kind]:
-                raise Broken(f"{name} has a kernel {entry}, and PLANS in bench/cuda_report.py no word about {stage}.")
+                raise Broken(f"{name} has a kernel {entry}, and PLANS in bench/cuda_plan.py no word about {stage}.")
             kernels.append(Kernel(entry, op, stage, dtype, form, int(threads), plans[kind][stage]))
         for arch in PROCESSORS:
             for entry, usage in usages(nvrtc.cached(compiler, source, name, arch, headers).log).items():

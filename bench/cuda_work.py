@@ -19,7 +19,7 @@ from pathlib import Path
 from m3em_fast.data import _extra
 
 if __name__ == "__main__":
-    _extra.require("python -m bench.cuda_work", "tqdm")
+    _extra.require("bench.cuda_work", "tqdm")
 
 from tqdm import tqdm
 
@@ -41,7 +41,8 @@ from bench.cuda_count import (
     measure_each,
 )
 from bench.cuda_host import Failed, Host
-from bench.cuda_report import PAPER, ROOT
+from bench.cuda_plan import PAPER
+from bench.cuda_report import ROOT
 from bench.ptx import code as ptx
 from bench.ptx.cost import KINDS, cost
 from bench.ptx.memory import Fault

@@ -281,7 +281,7 @@ class Parser(argparse.ArgumentParser):
     """That of m3em_fast._cli: the package cannot be imported before it is known what this machine lacks."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}.\n")
+        self.exit(2, f"{self.prog.removeprefix('python -m ')}: {message}.\n")
 
 
 class Progress:

@@ -31,7 +31,7 @@ from typing import Any, Literal
 from m3em_fast.data import _extra
 
 if __name__ == "__main__":
-    _extra.require("python -m bench.importing", "rich", "tqdm", "tyro")
+    _extra.require("bench.importing", "rich", "tqdm", "tyro")
 
 import numpy as np
 from rich.console import Console

@@ -24,7 +24,7 @@ from typing import Any
 from m3em_fast.data import _extra
 
 if __name__ == "__main__":
-    _extra.require("python -m bench.loading", "rich", "tqdm", "tyro")
+    _extra.require("bench.loading", "rich", "tqdm", "tyro")
 
 import numpy as np
 from rich.console import Console

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.case import Size
-from bench.cuda_report import PAPER
+from bench.cuda_plan import PAPER
 from m3em_fast.triton import _table
 
 __all__ = ["SAMPLES", "Problem"]

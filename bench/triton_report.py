@@ -23,7 +23,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bench.cuda_report import PAPER, PROCESSORS, Usage, occupancy, share, table
+from bench.cuda_plan import PAPER
+from bench.cuda_report import PROCESSORS, Usage, occupancy, share, table
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs/triton-resources.md"

@@ -324,7 +324,7 @@ def calculate(options: Options, console: Console) -> None:
 
 def plain(arguments: Sequence[str] | None = None) -> Options:
     """The options, read without tyro."""
-    parser = _cli.Parser("python -m bench.tune", description=(__doc__ or "").partition("\n\n")[0])
+    parser = _cli.Parser("python -m bench tune", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("op", nargs="*", default=())
     for field in fields(Options)[1:]:
         form: dict = {"type": type(field.default)}

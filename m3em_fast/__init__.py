@@ -5,7 +5,8 @@
 """
 
 from m3em_fast import nn, ops
+from m3em_fast._explain import explain
 from m3em_fast._version import __version__
-from m3em_fast.backends import backend, explain
+from m3em_fast.backends import backend
 
 __all__ = ["__version__", "backend", "explain", "nn", "ops"]

@@ -17,8 +17,21 @@ from typing import Any, NoReturn
 
 from m3em_fast.data._extra import needs
 
-__all__ = ["Parser", "cli"]
+__all__ = ["COMMANDS", "Parser", "cli", "menu"]
 
+COMMANDS = {
+    "m3em_fast.env": "what a bug report needs, and which backends this machine has",
+    "m3em_fast.data.digits": "make the digits benchmark, check it, or show what it looks like",
+    "m3em_fast.data.importer": "make a feature store of the challenge's pickles and of folders of maps",
+    "m3em_fast.data.store": "show what a feature store holds, and check it",
+    "m3em_fast.epic.annotations": "show the challenge's label files, held to the published counts",
+    "m3em_fast.epic.generate": "generated features under the challenge's ids and labels, to try everything else",
+    "m3em_fast.epic.ensemble": "fuse stored scores with equal, given or searched weights",
+    "m3em_fast.epic.scoring": "accuracies of stored scores, counted as the challenge does",
+    "m3em_fast.epic.submission": "write the challenge's submission, or check one",
+    "m3em_fast.uda.report": "compare finished runs of train.py in a table",
+}
+"""What ``python -m`` runs -> what it does."""
 _KINDS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None"}
 
 
@@ -26,7 +39,7 @@ class Parser(argparse.ArgumentParser):
     """For the commands that have to run where tyro may be missing: what is refused is said in one sentence as well."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}.\n")
+        self.exit(2, f"{self.prog.removeprefix('python -m ')}: {message}.\n")
 
 
 def cli(target: Any, arguments: Sequence[str] | None = None, *, prog: str, **options: Any) -> Any:
@@ -69,6 +82,33 @@ def cli(target: Any, arguments: Sequence[str] | None = None, *, prog: str, **opt
             os.environ["COLUMNS"] = columns
     print(f"{prog.removeprefix('python -m ')}: {_sentence(frame.getvalue(), given, prog)}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def menu(package: str, arguments: Sequence[str] | None = None) -> int:
+    """What ``python -m package`` says, which runs nothing itself: its commands, those of ``COMMANDS``, for ``--help``.
+
+    Args:
+        package: what a user typed after ``python -m``.
+        arguments: ``sys.argv[1:]`` by default.
+
+    Returns:
+        The exit status: 0 after ``--help``, else 2 after one sentence on standard error.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {name: what for name, what in COMMANDS.items() if name.startswith(f"{package}.")}
+    if given and given[0] in ("-h", "--help"):
+        width = max(map(len, commands))
+        print(f"{package} has these commands, each with a --help of its own:\n")
+        print("\n".join(f"  python -m {name:{width}}  {what}" for name, what in commands.items()))
+        return 0
+    if not given:
+        said = f"no command is given; python -m {package} --help lists them."
+    elif (name := f"{package}.{given[0]}") in commands:
+        said = f"a dot belongs before {given[0]}: python -m {name}."
+    else:
+        said = f"{given[0]} is no command; python -m {package} --help lists them."
+    print(f"{package}: {said}", file=sys.stderr)
+    return 2
 
 
 def _sentence(frame: str, given: list[str], prog: str) -> str:

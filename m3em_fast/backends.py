@@ -52,7 +52,7 @@ else:
     _MISSING = ""
     native.types(Tensor, Parameter)
 
-__all__ = ["BACKENDS", "BackendError", "available", "backend", "choose", "current", "explain", "refusal"]
+__all__ = ["BACKENDS", "BackendError", "available", "backend", "choose", "current", "order", "refusal"]
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 """Every backend. ``cpu`` takes CPU tensors, ``cuda`` and ``triton`` CUDA tensors; the reference takes any and is the
@@ -81,7 +81,7 @@ class BackendError(RuntimeError):
 # Read once, for a look into the environment costs a microsecond a call.
 _default = os.environ.get("M3EM_BACKEND") or "auto"
 # What auto tries, in this order.
-_FOR_CPU, _FOR_CUDA = ("cpu", "reference"), ("cuda", "triton", "reference")
+_FOR_CPU, FOR_CUDA = ("cpu", "reference"), ("cuda", "triton", "reference")
 _TRITON_FIRST = ("triton", "cuda", "reference")
 _QUICK = ("auto", "cpu")
 _peek_transform = torch._C._functorch.peek_interpreter_stack
@@ -121,7 +121,7 @@ def current() -> str:
 
 def available(device: str = "cpu") -> tuple[str, ...]:
     """The backends that can serve an ordinary call on this machine, with tensors on ``"cpu"`` or on ``"cuda"``."""
-    names = _FOR_CUDA if device == "cuda" else _FOR_CPU
+    names = FOR_CUDA if device == "cuda" else _FOR_CPU
     kernels = [name for name in names[:-1] if _device_of(name) == device and not missing(name, "", (name,))]
     return (*kernels, names[-1])
 
@@ -306,7 +306,7 @@ def choose(op: str, kernels: Collection[str], tensors: tuple[Tensor | None, ...]
     wanted = current()
     names: tuple[str, ...]
     if wanted == "auto":
-        names = _order(op, tensors[0])  # type: ignore[arg-type]
+        names = order(op, tensors[0])
     else:
         names = (wanted,)
     for name in names:
@@ -323,11 +323,11 @@ def choose(op: str, kernels: Collection[str], tensors: tuple[Tensor | None, ...]
     return "reference", False
 
 
-def _order(op: str, x: Tensor) -> tuple[str, ...]:
-    """What auto tries for a call whose first tensor is x."""
-    if not x.is_cuda:
+def order(op: str, x: Tensor | None) -> tuple[str, ...]:
+    """What auto tries for a call whose first tensor is x, one after the other."""
+    if x is None or not x.is_cuda:
         return _FOR_CPU
-    return _TRITON_FIRST if _triton_first(op, x, x.get_device()) else _FOR_CUDA
+    return _TRITON_FIRST if _triton_first(op, x, x.get_device()) else FOR_CUDA
 
 
 def refused_by(name: str, op: str, reason: str) -> BackendError:
@@ -349,7 +349,7 @@ def _choose_at_trace_time(
     wanted = current()
     names: tuple[str, ...] = (wanted,) if wanted != "auto" else _FOR_CPU
     if wanted == "auto" and kind == "cuda":
-        names = _TRITON_FIRST if triton_first else _FOR_CUDA
+        names = _TRITON_FIRST if triton_first else FOR_CUDA
     for name in names:
         if name == "reference":
             break
@@ -360,52 +360,3 @@ def _choose_at_trace_time(
         if wanted != "auto":
             return "", str(refused_by(name, op, reason))
     return "reference", None
-
-
-def explain(op: str, *arguments: Any) -> str:
-    """Which backend would serve a call of an op here and now, and why each of the others would not.
-
-    Args:
-        op: name of the op, as in ``m3em_fast.ops``.
-        *arguments: what the op would be called with.
-
-    Returns:
-        A line with the answer, then a line for every other backend.
-    """
-    from m3em_fast import ops
-
-    if op not in ops.__all__:
-        raise ValueError(f"explain: op must be one of {', '.join(ops.__all__)}, got {op!r}")
-    flat = [t for a in arguments for t in (a if isinstance(a, (list, tuple)) else (a,))]
-    tensors = [t for t in flat if isinstance(t, Tensor)]
-    wanted = current()
-    names = (*BACKENDS, "simt") if wanted == "simt" else BACKENDS
-    reasons = {name: refusal(name, op, tensors) for name in names}
-    for name, kernels in KERNELS[op].items():
-        if name in names and reasons[name] is None and kernels is not None and kernels.refuses is not None:
-            reasons[name] = kernels.refuses((), tensors) if tensors else None
-    on_card = bool(tensors) and tensors[0].is_cuda
-    maps = tensors[0] if on_card and tensors[0].dim() == 4 else None
-    tried: tuple[str, ...] = names if wanted != "auto" else _FOR_CUDA if on_card else _FOR_CPU
-    if wanted == "auto" and maps is not None:
-        tried = _order(op, maps)
-    able = [name for name in tried if reasons[name] is None and wanted in ("auto", name)]
-    if able:
-        detail = (
-            f" ({native.isa()}{', one thread after a fork' if native.forked() else ''})" if able[0] == "cpu" else ""
-        )
-        lines = [f"{op} is served by {able[0]}{detail}."]
-    else:
-        lines = [f"{op} is served by none: {wanted} is chosen by name and cannot."]
-    for name in names:
-        if name not in able[:1]:
-            other = "slower" if name in tried else "it serves where it is chosen by name"
-            if maps is not None and {name, *able[:1]} == {"cuda", "triton"}:
-                _, c, h, w = maps.shape
-                measured = triton_devices.times(op, maps.get_device(), maps.dtype, c, h * w)
-                if measured:
-                    other = f"{'slower' if name == 'cuda' else 'not faster in forward and backward alike'} ({measured})"
-            if wanted not in ("auto", name):
-                other = f"backend {wanted} is chosen by name"
-            lines.append(f"{name}: {reasons[name] or other}")
-    return "\n".join(lines)

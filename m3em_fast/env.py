@@ -92,12 +92,12 @@ def _served(device: str) -> str:
     """Who serves ordinary calls of ``consensus_map``."""
     import torch
 
-    from m3em_fast import backends
+    from m3em_fast import explain
 
     found = {}
     for dtype in DTYPES:
         x = torch.empty(0, 1, 1, 1, device=device, dtype=getattr(torch, dtype))
-        said = backends.explain("consensus_map", x)
+        said = explain("consensus_map", x)
         found[dtype] = re.findall(r"is served by (\w+)", said)[0]
     return _by_dtype(found)
 

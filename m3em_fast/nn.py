@@ -132,7 +132,8 @@ class SemanticMutualRefinement(nn.Module):
             modality -> (self gate, cross gate), each (N,C) in (0, 1).
         """
         _check_features("SemanticMutualRefinement", pooled, self.channels, 2)
-        dtype = next(self.parameters()).dtype
+        # Gates that torch.ao has quantized dynamically have no parameters, and take float32.
+        dtype = next((weight.dtype for weight in self.parameters()), torch.float32)
         inputs = {name: pooled[name].to(dtype) for name in self.channels}
         gates = {}
         for name in self.channels:
@@ -218,7 +219,7 @@ class CrossModalityConsensus(nn.Module):
         for name in self.channels:
             x, layer = features[name], self.projections[name]
             if not isinstance(layer, nn.Linear):  # its weight is read, and its forward never called
-                kind = type(layer).__name__
+                kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
                 raise TypeError(f"CrossModalityConsensus: projections[{name!r}] must be a torch.nn.Linear, got {kind}")
             if gates is None:
                 latent.append(F.conv2d(x.to(layer.weight.dtype), layer.weight[:, :, None, None], layer.bias))

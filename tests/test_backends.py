@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import m3em_fast
-from m3em_fast import backends, ops
+from m3em_fast import backends, ops, reference
 from m3em_fast.backends import BackendError
 from m3em_fast.uda import ActionModel, total_loss
 from op_cases import FULL_CALLS, check, random_grad, random_tensors
@@ -210,8 +210,27 @@ def test_explain_says_what_serves_a_call_and_why_the_others_do_not():
         assert "cpu: backend reference is chosen by name" in m3em_fast.explain("consensus_map", a, a)
     with m3em_fast.backend("cpu"):
         assert "is served by none" in m3em_fast.explain("consensus_map", a, a.as_subclass(Tagged))
-    with pytest.raises(ValueError, match=r"explain: op must be one of channel_gate.*got 'conv2d'"):
-        m3em_fast.explain("conv2d", a)
+    for op in ops.__all__:
+        assert m3em_fast.explain(getattr(ops, op), a) == m3em_fast.explain(op, a)
+    for op, said in (("conv2d", "'conv2d'"), (reference.consensus_map, "<function consensus_map")):
+        with pytest.raises(ValueError, match=f"explain: op must be one of channel_gate.*got {said}"):
+            m3em_fast.explain(op, a)
+
+
+def test_the_working_memory_of_a_thread_is_what_the_docstring_says():
+    """From one thread to two, of one sample each."""
+    code = (
+        "import resource, torch; from m3em_fast import ops; a, b = torch.randn(2, 2, 8, 512, 512); peaks = []\n"
+        "kept = torch.ones(2**26)\n"  # 256 MB, more than the import has held for a moment
+        "for threads in 1, 2:\n"
+        "    torch.set_num_threads(threads); ops.consensus_map(a, b)\n"
+        "    peaks.append(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "print((peaks[1] - peaks[0]) / 512**2)"
+    )
+    environment = {**os.environ, "M3EM_BACKEND": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "331 bytes a\n    position, of which it touches 235" in ops.consensus_map.__doc__
+    assert 0.97 * 235 < float(done.stdout) < 1.03 * 235
 
 
 def test_a_negative_view_is_not_read_as_its_memory():

@@ -128,6 +128,10 @@ MODEL = "does not fit this model; was it trained on other data, or altered"
             ),
             LENGTH,
         ),
+        (
+            lambda s: s.update(epoch=3, history={name: x[:1] * len(x) * 3 for name, x in s["history"].items()}),
+            LENGTH,
+        ),
         (lambda s: s.update(history=[]), LENGTH),
         (lambda s: s["history"]["loss"].append(1.0), LENGTH),
         (lambda s: s["history"].update(more=1), LENGTH),
@@ -149,7 +153,7 @@ MODEL = "does not fit this model; was it trained on other data, or altered"
         (lambda s: s.update(random={}), MODEL),
         (lambda s: s["random"].update(cpu=torch.zeros(7, dtype=torch.uint8)), MODEL),
     ],
-    ids=range(35),
+    ids=range(36),
 )
 def test_an_altered_state_is_refused(state, tmp_path, change, words):
     altered = copy.deepcopy(state)

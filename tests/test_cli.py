@@ -133,6 +133,67 @@ class Options:
     """Its side."""
 
 
+@pytest.mark.parametrize(
+    ("program", "arguments", "words"),
+    [
+        ("m3em_fast.data.store", ["none"], "none is no feature store"),
+        ("m3em_fast.data.digits", ["--workers", "0"], "workers must be at least 1, got 0."),
+        ("m3em_fast.data.digits", ["--out", "file"], "file: File exists."),
+        ("m3em_fast.uda.report", [], "name at least one run folder."),
+        ("m3em_fast.uda.report", ["none"], "none"),
+    ],
+)
+def test_what_a_program_itself_refuses_begins_with_its_name(tmp_path, monkeypatch, capsys, program, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("kept")
+    code, out, said = called(monkeypatch, capsys, program, arguments)
+    assert (code, out) == (2, "") and said.startswith(f"{program}: {words}") and said.count("\n") == 1
+
+
+def test_interrupted_the_digits_command_says_who_was(tmp_path, monkeypatch, capsys):
+    def prepare(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(digits, "prepare", prepare)
+    code, out, said = called(monkeypatch, capsys, "m3em_fast.data.digits", ["--out", str(tmp_path / "x")])
+    assert (code, out) == (130, "") and said.startswith("m3em_fast.data.digits: interrupted; ")
+
+
+PACKAGES = ["m3em_fast", "m3em_fast.data", "m3em_fast.epic", "m3em_fast.uda"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_lists_its_commands(package):
+    """One list has them all, and nothing else."""
+    found = set()
+    for file in (ROOT / "m3em_fast").rglob("*.py"):
+        if '\nif __name__ == "__main__":' in file.read_text():
+            found.add(".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__"))
+    assert set(_cli.COMMANDS) == found - set(PACKAGES)
+    command = [sys.executable, "-m", package, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line.split(maxsplit=3) for line in done.stdout.splitlines() if line.startswith("  python -m ")]
+    assert {line[2] for line in lines} == {name for name in found - set(PACKAGES) if name.startswith(f"{package}.")}
+    assert all(len(line) == 4 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "no command is given; python -m m3em_fast.epic --help lists them."),
+        (["scores"], "scores is no command; python -m m3em_fast.epic --help lists them."),
+        (["--xyzzy"], "--xyzzy is no command; python -m m3em_fast.epic --help lists them."),
+        (["scoring", "--help"], "a dot belongs before scoring: python -m m3em_fast.epic.scoring."),
+    ],
+)
+def test_a_package_runs_nothing(monkeypatch, capsys, arguments, sentence):
+    monkeypatch.setattr(sys, "argv", ["x", *arguments])
+    for given in (None, arguments):
+        assert _cli.menu("m3em_fast.epic", given) == 2
+        assert tuple(capsys.readouterr()) == ("", f"m3em_fast.epic: {sentence}\n")
+
+
 def test_help_is_that_of_tyro(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "70")
     said = []
@@ -198,7 +259,7 @@ def test_without_tyro_the_extra_is_named(monkeypatch):
     [
         ("train.py", "runpy.run_path('train.py', run_name='__main__')"),
         ("m3em_fast.uda.report", "runpy.run_module('m3em_fast.uda.report', run_name='__main__')"),
-        ("python -m bench", "runpy.run_module('bench', run_name='__main__')"),
+        ("bench", "runpy.run_module('bench', run_name='__main__')"),
     ],
 )
 def test_without_the_extra_a_program_says_what_to_install(program, start):
@@ -218,4 +279,4 @@ def test_commands_without_tyro_say_one_sentence_as_well(program):
     )
     assert (done.returncode, done.stdout) == (2, "")
     required = " the following arguments are required: dtype, --json" if program == "bench.gpu_measure" else None
-    assert done.stderr == f"python -m {program}:{required or ' unrecognized arguments: --xyzzy'}.\n"
+    assert done.stderr == f"{program}:{required or ' unrecognized arguments: --xyzzy'}.\n"

@@ -91,7 +91,7 @@ def test_a_kernel_that_spills_fails(tmp_path):
         ),
         (
             'extern "C" __global__ void __launch_bounds__(64, 1) consensus_map_other_f32_7x7() {}',
-            "a kernel consensus_map_other_f32_7x7, and PLANS in bench/cuda_report.py no word about other.$",
+            "a kernel consensus_map_other_f32_7x7, and PLANS in bench/cuda_plan.py no word about other.$",
         ),
         (
             'extern "C" __global__ void consensus_map_partial_f32_7x7() {}',
@@ -112,7 +112,7 @@ def test_an_op_whose_shared_memory_is_not_known_is_named(tmp_path):
     csrc = a_tree(tmp_path)
     kernel = 'extern "C" __global__ void __launch_bounds__(64, 1) new_op_all_f32_any() {}'
     (csrc / "cuda/new_op.cu").write_text(kernel)
-    with pytest.raises(cuda_report.Broken, match=r"^csrc/cuda/new_op\.cu has no plan in bench/cuda_report\.py"):
+    with pytest.raises(cuda_report.Broken, match=r"^csrc/cuda/new_op\.cu has no plan in bench/cuda_plan\.py"):
         cuda_report.measure(csrc)
 
 

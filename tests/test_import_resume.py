@@ -1,5 +1,6 @@
 """An import that is interrupted, killed or out of disk goes on where it was; and how much memory one takes."""
 
+import errno
 import json
 import os
 import re
@@ -148,6 +149,43 @@ def test_a_store_that_was_finished_meanwhile_is_not_written_over(tmp_path):
     with pytest.raises(StoreError, match="s already exists; a store is never written over"), second:
         raise AssertionError("it has begun to write")
     assert list(FeatureStore(tmp_path / "s").clips) == ["a"]
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_store_that_came_meanwhile_takes_no_unfinished_one_with_it(tmp_path):
+    modality = Modality("vector", frames=2, channels=3)
+    first, second = (FeatureStoreWriter(tmp_path / "s", {"RGB": modality}, resume="same") for _ in range(2))
+    with pytest.raises(KeyboardInterrupt), first:
+        first.append(["a"], {"RGB": np.ones((1, 2, 3), np.float16)})
+        raise KeyboardInterrupt
+    before = contents(first.folder)
+    (tmp_path / "s").mkdir()
+    with pytest.raises(StoreError, match="s already exists"), second:
+        raise AssertionError("it has begun to write")
+    assert contents(first.folder) == before and "progress.json" in before
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES])
+def test_what_may_pass_is_tried_again(tmp_path, monkeypatch, capsys, sources, number):
+    options, _ = sources
+
+    def breaks(self, *arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(_writer.FeatureStoreWriter, "append", breaks)
+    said = run(capsys, tmp_path / "store", f"--pickle={options['pickle']}")
+    passes = number in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    advice = "; the same command goes on from there" if passes else ""
+    words = f"{tmp_path / '.store.partial'} could not be written ({os.strerror(number)}){advice}."
+    assert said == (2, f"m3em_fast.data.importer: {words}")
+
+
+def test_a_file_in_the_way_of_the_folder_is_named(tmp_path, capsys, sources):
+    options, _ = sources
+    code, said = run(capsys, options["pickle"] / "store", f"--pickle={options['pickle']}")
+    assert code == 2 and said.endswith(
+        f"{options['pickle'] / '.store.partial'} could not be written (Not a directory)."
+    )
 
 
 def test_an_unfinished_store_that_was_spoiled_is_refused(tmp_path, monkeypatch, capsys, sources):

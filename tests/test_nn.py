@@ -254,6 +254,38 @@ def test_an_exported_program_is_written_and_read_again(tmp_path):
     assert torch.equal(out.consensus, module(features).consensus)
 
 
+class Quantized(torch.nn.Module):
+    """As torch.ao makes them in the place of linear layers: no parameters, float32 in and out."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.packed = layer
+
+    def forward(self, x):
+        return F.linear(x, self.packed)
+
+
+def quantize(module):
+    for name, layer in list(module.named_children()):
+        if isinstance(layer, torch.nn.Linear):
+            setattr(module, name, Quantized(layer.weight.detach()))
+        else:
+            quantize(layer)
+
+
+def test_gates_without_parameters_take_float32_and_projections_are_refused():
+    module, features = make_module(dtype=torch.float32), make_features(dtype=torch.float16)
+    pooled = {name: x.mean((2, 3)) if x.dim() == 4 else x for name, x in features.items()}
+    before = module.smr.gates(pooled)
+    quantize(module)
+    after = module.smr.gates(pooled)
+    for name, gates in before.items():
+        for a, b in zip(gates, after[name], strict=True):
+            assert torch.equal(a, b) and b.dtype == torch.float32
+    with pytest.raises(TypeError, match=r"projections\['RGB'\] must be a torch\.nn\.Linear, got \S+\.Quantized$"):
+        module(features)
+
+
 def test_errors_name_what_where_and_what_was_expected():
     module, plain = make_module(), make_module(smr=False)
     features = make_features()
@@ -297,7 +329,10 @@ def test_errors_name_what_where_and_what_was_expected():
         (lambda: MutualEnhancement({"A": "4", "B": 4}), r"channels of modality 'A' must be an integer, got '4'"),
         (lambda: MutualEnhancement(SPATIAL, latent_channels=8.0), r"latent_channels must be an integer, got 8.0"),
         (lambda: SemanticMutualRefinement({"A": 4}, reduction=True), r"reduction must be an integer, got True"),
-        (lambda: wrapped(features), r"projections\['RGB'\] must be a torch.nn.Linear, got Sequential"),
+        (
+            lambda: wrapped(features),
+            r"projections\['RGB'\] must be a torch.nn.Linear, got torch.nn.modules.container.Sequential",
+        ),
     ]
     for call, message in cases:
         with pytest.raises(TypeError, match=message):

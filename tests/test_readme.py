@@ -1,6 +1,7 @@
 """What the README shows must run, and what it points to must exist."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import torch
@@ -31,3 +32,9 @@ def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"\bmake ([\w-]+)", README)):
         assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_the_folder_of_the_data_may_have_a_space_in_its_name():
+    command = ["make", "--dry-run", "train", "DATA=my data"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shown.count("my data") == shown.count('"my data"') == 3

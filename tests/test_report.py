@@ -207,7 +207,7 @@ def test_complaints_are_one_sentence_and_code_2(tmp_path, monkeypatch, capsys):
     for arguments, message in cases.items():
         code, _, err = call(monkeypatch, capsys, *arguments)
         assert code == 2 and message in err, (arguments, err)
-        assert err.startswith("report: ") and err.count("\n") == 1
+        assert err.startswith("m3em_fast.uda.report: ") and err.count("\n") == 1
 
 
 def test_curves_show_terms_by_epoch_and_top_1_beside_its_own_floor(tmp_path):

@@ -171,7 +171,7 @@ def test_without_tyro_one_sentence_too():
     code = block + "runpy.run_module('bench.tune', run_name='__main__')"
     for words, said in (
         ([], "bench tune: torch sees no CUDA device here"),
-        (["--dtype", "int8"], "python -m bench.tune: argument --dtype: invalid choice: 'int8'"),
+        (["--dtype", "int8"], "bench tune: argument --dtype: invalid choice: 'int8'"),
         (["gated_projection"], "bench tune: there is no Triton kernel to tune for 'gated_projection'"),
     ):
         out = run(sys.executable, "-c", code, *words, cwd=ROOT, expect=2, CUDA_VISIBLE_DEVICES="")

@@ -230,14 +230,16 @@ ARRAY4 = pickle.dumps(np.arange(6, dtype="f4").reshape(2, 3), 4)
     ("data", "words"),
     [
         (b"", "it is empty"),
-        (b"hello", "is no readable pickle"),
-        (b"\xff", "byte 0xff at 0 is no opcode"),
+        (b"hello", "(nothing was kept under 101; it begins with 'hello')"),
+        (b"<!DOCTYPE html>\n<html>\n", "(byte 0x3c at 0 is no opcode; it begins with '<!DOCTYPE html> <html>')"),
+        (pickle.dumps({"a": [1, 2]}, 0)[:-1], "(1 bytes are announced, 0 are there)"),
+        (b"\xff\xfe", "(byte 0xff at 0 is no opcode)"),
         (b"\x80\x06.", "protocol 6 is not known"),
         (ARRAY4[:-1], "1 bytes are announced, 0 are there"),
         (b"K\x01K\x02.", "it ends in the middle of an object"),
         (b"(K\x01.", "it ends in the middle of an object"),
         (b"K\x01(a.", "an object is missing on the stack"),
-        (b"h\x05.", "nothing was kept under 5"),
+        (b"h\x05.", "(nothing was kept under 5)"),
         (b"]K\x01t.", "pop from empty list"),
         (b"}(K\x01u.", "a key without a value"),
         (b"I" + b"1" * 500 + b"\n.", "a line does not end"),
@@ -258,7 +260,7 @@ ARRAY4 = pickle.dumps(np.arange(6, dtype="f4").reshape(2, 3), 4)
         ),
         (pickle.dumps(np.array([1, None]), 4).replace(b"K\x02\x85", b"K\x03\x85"), "another number of them than (3,)"),
     ],
-    ids=range(25),
+    ids=range(27),
 )
 def test_what_is_no_pickle(tmp_path, data, words):
     assert data not in (ARRAY4, pickle.dumps(np.array(["ab"]), 4), pickle.dumps(np.array([1, None]), 4))

@@ -28,17 +28,13 @@ void forward(const ChannelGate &o) {
             load_matrix(o.gates[g], n, o.c, gates + g * o.c);
         const T *x = sample_of<const T>(o.x, n);
         T *out = sample_of<T>(o.out, n);
-        if (out_layout == Layout::channels_last) {
+        if (out_layout == Layout::channels_last) { // and so is x, whose format the result has
             for (int64_t q = 0; q < p; ++q) {
                 const int64_t y = q / o.w;
                 const T *from = x + y * o.x.stride[2] + (q - y * o.w) * o.x.stride[3];
                 for (int64_t c0 = 0; c0 < o.c; c0 += B * p) {
                     const int64_t count = o.c - c0 < B * p ? o.c - c0 : B * p;
-                    if (o.x.stride[1] == 1)
-                        widen_row(from + c0, in, count);
-                    else
-                        for (int64_t i = 0; i < count; ++i)
-                            in[i] = widen(from[(c0 + i) * o.x.stride[1]]);
+                    widen_row(from + c0, in, count);
                     for (int g = 0; g < o.num_gates; ++g) {
                         const A *gate = gates + g * o.c + c0;
                         for (int64_t i = 0; i < count; ++i)

@@ -58,15 +58,20 @@ class PickleFile:
                 self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise UnpickleError(f"{self.path} cannot be read ({error.strerror}).") from error
+        machine = Machine(self._map, self.release)
         try:
-            self.value = Machine(self._map, self.release).run()
+            self.value = machine.run()
         except Refused as error:
             raise UnpickleError(
                 f"{self.path} asks for {error}; only arrays, containers, strings and numbers are read from a pickle."
             ) from error
         except (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UnpickleError(f"{self.path} is no readable pickle ({reason:.100}).") from error
+            reason = f"{' '.join(str(error).split()) or type(error).__name__:.100}"
+            start = " ".join(str(self._map[:40], "latin-1").split())
+            # A failed download, a csv file: a text breaks off at one of its first letters.
+            if machine.position < len(start) and start.isascii() and start.isprintable():
+                reason += f"; it begins with {start!r}"
+            raise UnpickleError(f"{self.path} is no readable pickle ({reason}).") from error
 
     def release(self) -> None:
         """Give the pages of the file that were looked at back to the system; they are read again when needed."""

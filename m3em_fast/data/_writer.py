@@ -112,6 +112,9 @@ class FeatureStoreWriter:
                 self._refuse_existing()  # again: now nobody else is about to finish it
                 self._go_on()
             except BaseException:
+                with contextlib.suppress(OSError):
+                    if os.listdir(self.folder) == [_LOCK]:  # it was made for this alone
+                        shutil.rmtree(self.folder)
                 self._held.close()
                 raise
         return self

@@ -11,6 +11,7 @@ its name when it is complete.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import sys
@@ -209,6 +210,8 @@ def _write(
                         writer.sync()
                         synced = time.monotonic()
     except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise StoreError(f"{writer.folder} could not be written ({error.strerror}).") from error
         raise StoreError(
             f"{writer.folder} could not be written ({error.strerror}); the same command goes on from there."
         ) from error

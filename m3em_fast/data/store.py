@@ -298,10 +298,11 @@ def show(path: Path, /, verify: bool = False) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of :func:`show`; one sentence on stderr and status 2 where something is refused."""
+    prog = "m3em_fast.data.store"
     try:
-        _cli.cli(show, arguments, prog="python -m m3em_fast.data.store")
+        _cli.cli(show, arguments, prog=f"python -m {prog}")
     except (StoreError, ImportError) as error:
-        print(error, file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -27,6 +27,10 @@ def consensus_map(
     position, the result goes back to (H,W) by bilinear interpolation (``align_corners=False``), and the scales are
     summed. Values lie in ``[-num_scales, num_scales]``.
 
+    On a CPU a thread works on a sample at a time, in ``4 * H * W * (25 + 44 * s)`` bytes, whatever D is, with
+    ``s = 1 + 1/4 + 1/16 ...``, a term for each scale (float64: twice that). With three scales these are 331 bytes a
+    position, of which it touches 235, or 267 of maps with gaps.
+
     Args:
         a, b: (N,D,H,W) of one shape, dtype and device; their memory layouts may differ. N may be 0. float32 and
             bfloat16 are specified for ``|x| <= 1e17`` (beyond, squares overflow); float16 for every finite input.

@@ -299,7 +299,8 @@ class Options:
 
 
 def main() -> int:
-    options: Options = _cli.cli(Options, prog="python -m m3em_fast.uda.report")
+    prog = "m3em_fast.uda.report"
+    options: Options = _cli.cli(Options, prog=f"python -m {prog}")
     try:
         if not options.runs:
             raise ReportError("name at least one run folder.")
@@ -308,7 +309,7 @@ def main() -> int:
             times = None if options.reference is None else compare_backends(list(options.runs), options.reference)
             options.markdown.write_text(markdown(metrics, times))
     except (ReportError, OSError) as error:
-        print(f"report: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -37,10 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; one sentence on stderr and status 2 where something is refused."""
     from ..store import FeatureStore
 
+    prog = "m3em_fast.data.digits"
     try:
         tyro = needs("tyro")
         options: Options = _cli.cli(
-            tyro.conf.configure(tyro.conf.OmitArgPrefixes)(Options), arguments, prog="python -m m3em_fast.data.digits"
+            tyro.conf.configure(tyro.conf.OmitArgPrefixes)(Options), arguments, prog=f"python -m {prog}"
         )
         if options.workers is not None and options.workers < 1:
             raise ValueError(f"workers must be at least 1, got {options.workers}.")
@@ -56,13 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             accuracies = store.meta["backbone_source_val_accuracy"]
         print("backbones on source_val: " + ", ".join(f"{name} {100 * v:.1f} %" for name, v in accuracies.items()))
     except OSError as error:
-        print(f"{error.filename}: {error.strerror}." if error.filename else error, file=sys.stderr)
+        said = f"{error.filename}: {error.strerror}." if error.filename else error
+        print(f"{prog}: {said}", file=sys.stderr)
         return 2
     except (ValueError, ImportError) as error:
-        print(error, file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted; the next call goes on with the first unfinished stage.", file=sys.stderr)
+        print(f"{prog}: interrupted; the next call goes on with the first unfinished stage.", file=sys.stderr)
         return 130
     return 0
 
