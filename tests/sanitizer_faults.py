@@ -170,11 +170,18 @@ SEEDED = {
         {"address": [OVERFLOW, "WRITE of size 4", "make_fourteen_factors", "simt::launch"]},
     ),
     "a barrier is missing before the sums of the gates' gradients": (
-        "csrc/cuda/channel_gate.cu",
-        "gates, products, pitch);\n                __syncthreads();\n",
-        "gates, products, pitch);\n",
+        "csrc/cuda/gate_lines.cuh",
+        "    });\n    __syncthreads();\n",
+        "    });\n",
         "channel_gate float32 7x7, kernels for every shape",
-        {"thread": [RACE, "channel_gate.cu"]},
+        {"thread": [RACE, "gate_lines.cuh"]},
+    ),
+    "a read behind the end of a line": (
+        "csrc/cuda/gate_lines.cuh",
+        "(second ? other : last) - place",
+        "other - place",
+        "channel_gate float32 7x7, kernels for every shape",
+        {"address": [OVERFLOW, "READ of size 4", "gate_lines.cuh"]},
     ),
     "a barrier is missing before the sums of packs are added": (
         "csrc/cuda/gate_packs.cuh",

@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import m3em_fast
 import simt_cases
-from m3em_fast import ops
+from m3em_fast import backends, ops
 from m3em_fast.ops import _gated_projection_cuda
 from m3em_fast.ops.channel_gate import cuda_backward, cuda_forward
+from op_cases import Call, check, random_tensors
 
 ACCUMULATED = {torch.float64: torch.float64, torch.float32: torch.float32, torch.float16: torch.float32}
 ACCUMULATED[torch.bfloat16] = torch.float32
@@ -111,6 +112,36 @@ def test_what_is_no_number_stays_in_its_line(driver, value):
     assert grads[0].isfinite().all()
     for grad in grads[1:]:
         assert (~grad.isfinite()).nonzero().tolist() == [[1, 3]]
+
+
+SEEDED = {
+    "a barrier is missing before the sums are written": ("    });\n    __syncthreads();\n", "    });\n"),
+    "a number behind the end counts twice": ("(on.second ? other : A(0))", "other"),
+    "a line is left out": ("c - line < count; c += step", "c - line + step < count; c += step"),
+    "lines get each other's sums": ("sum = (high ? up : low)", "sum = (high ? low : up)"),
+    "a lane is left out": ("apart < 32; apart *= 2", "apart < 16; apart *= 2"),
+    "the first stretch of a line is forgotten": ("on.start ? all + sum : sum", "sum"),
+    "the gates of other lines": ("gate[u * on.step], first", "gate[u], first"),
+    "the next copy begins elsewhere": ("O *to = begin;", "O *to = begin + g;"),
+}
+
+
+@pytest.mark.parametrize("fault", SEEDED)
+def test_a_seeded_fault_is_caught(tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(backends, "simulated", None)
+    broken = simt_cases.with_fault(tmp_path, "channel_gate", "cuda/gate_lines.cuh", *SEEDED[fault])
+
+    def run():
+        call = Call("channel_gate", gates=2)
+        for side in (7, 9):  # float64 has no other way
+            check("simt", call, random_tensors(call, 2, 70, side, side, torch.float64))
+            check(
+                "simt",
+                call,
+                [wider(t) if t.dim() == 4 else t for t in random_tensors(call, 2, 70, side, side, torch.float16)],
+            )
+
+    assert simt_cases.orders_that_catch(broken, run)
 
 
 class Products(TorchDispatchMode):
