@@ -280,3 +280,12 @@ def test_commands_without_tyro_say_one_sentence_as_well(program):
     assert (done.returncode, done.stdout) == (2, "")
     required = " the following arguments are required: dtype, --json" if program == "bench.gpu_measure" else None
     assert done.stderr == f"{program}:{required or ' unrecognized arguments: --xyzzy'}.\n"
+
+
+def test_a_store_that_is_checked_may_be_interrupted(capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "FeatureStore", interrupted)
+    assert store.main(["somewhere", "--verify"]) == 130
+    assert capsys.readouterr().err == "m3em_fast.data.store: interrupted.\n"

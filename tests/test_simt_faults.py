@@ -46,8 +46,8 @@ SEVEN = {
         "        }\n    float *const to",
     ),
     "a barrier is missing before the incoming gradient is read": (
-        "m.wide);\n    }\n    __syncthreads();\n",
-        "m.wide);\n    }\n",
+        "SevenThreads, grad);\n    __syncthreads();\n",
+        "SevenThreads, grad);\n",
     ),
     "a barrier is missing before what the pooling passes on is read": (
         "row * Pitch + c * Spread);\n        }\n        __syncthreads();\n",
@@ -136,7 +136,7 @@ FOURTEEN = {
     "a window that is not torch's": ("if (k <= 2)", "if (k < 2)"),
     "the line of no other window": ("pair == 2 ? upper[j] : lower[j]", "pair == 4 ? upper[j] : lower[j]"),
     "a window with a line too many": ("            at[2] += 3;\n", "            at[2] += 0;\n"),
-    "a result where a sum is still wanted": ("to = i * Words + j + 6;", "to = i * Words + j;"),
+    "a result where a sum is still wanted": ("to = i * Words + FourteenLeft + j;", "to = i * Words + j;"),
     "one weight of the upsampling": ("0.75f * (from", "0.5f * (from"),
     "a position behind the end": ("cell < 6 ? 2 * cell + 2 : 13", "2 * cell + 2"),
     "the upsampling of the second scale the wrong way round": ("second + i % 7, 7, i / 7", "second + i / 7, 7, i % 7"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import exact
 import m3em_fast
 import simt_cases
 from m3em_fast import backends, ops
@@ -15,10 +16,20 @@ from op_cases import Call, check, random_tensors
 
 ACCUMULATED = {torch.float64: torch.float64, torch.float32: torch.float32, torch.float16: torch.float32}
 ACCUMULATED[torch.bfloat16] = torch.float32
-EVERY_DTYPE = pytest.mark.parametrize("dtype", ACCUMULATED, ids=str)
 # Lines of a part of four lanes' numbers, of two numbers a lane, of more; chunks of fewer lines than a step, of whole
 # steps, of both; several chunks, the last one a part of one.
 SHAPES = [(3, 70, 7, 7), (2, 5, 1, 1), (1, 33, 1, 3), (2, 9, 14, 14), (1, 4, 3, 40), (1, 300, 3, 3), (2, 40, 5, 13)]
+
+
+def every_case(test):
+    for mark in (
+        pytest.mark.parametrize("accumulated", [False, True], ids=["", "accumulated"]),
+        pytest.mark.parametrize("gates", [1, 2, 3]),
+        pytest.mark.parametrize("shape", SHAPES, ids=str),
+        pytest.mark.parametrize("dtype", ACCUMULATED, ids=str),
+    ):
+        test = mark(test)
+    return test
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +59,7 @@ def wider(x):
     return view.copy_(x)
 
 
-@EVERY_DTYPE
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("gates", [1, 2, 3])
-@pytest.mark.parametrize("accumulated", [False, True], ids=["", "accumulated"])
+@every_case
 def test_gated_copies(driver, dtype, shape, gates, accumulated):
     """Each is one product, rounded once. Nothing is written between the maps."""
     x, given = draw(shape, gates, dtype)
@@ -65,10 +73,7 @@ def test_gated_copies(driver, dtype, shape, gates, accumulated):
         assert matrix[:, n * h * w :].isnan().all()
 
 
-@EVERY_DTYPE
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("gates", [1, 2, 3])
-@pytest.mark.parametrize("accumulated", [False, True], ids=["", "accumulated"])
+@every_case
 def test_gradients(driver, dtype, shape, gates, accumulated):
     x, given = draw(shape, gates, dtype)
     n, c, h, w = shape
@@ -76,24 +81,20 @@ def test_gradients(driver, dtype, shape, gates, accumulated):
     _, grad = columns(gates * c, n, h, w, wide if accumulated else dtype)
     grad.copy_(torch.randn(grad.shape))
     arriving = grad.double().unflatten(1, (gates, c))
-    by_x = sum(arriving[:, g] * gate.double()[:, :, None, None] for g, gate in enumerate(given))
-    products = arriving * x.double()[:, None]
-    by_gates = products.sum((3, 4)).unbind(1)
-    eps, unit, least = torch.finfo(wide).eps, torch.finfo(dtype).eps, torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-    # The sum of the sizes of what is added up, in the accumulation type, and one rounding.
-    sizes = [products.abs().sum((3, 4)).unbind(1), grad.double().abs().unflatten(1, (gates, c)).sum(1) * 8]
+    by_x = torch.stack([arriving[:, g] * gate.double()[:, :, None, None] for g, gate in enumerate(given)])
+    by_gates = (arriving * x.double()[:, None]).flatten(3)
+    # What is wanted, and how large the numbers are that it is the sum of.
+    wanted = [(by_x.sum(0), by_x.abs().sum(0))]
+    wanted += zip(by_gates.sum(3).unbind(1), by_gates.abs().sum(3).unbind(1), strict=True)
     for source in (x, wider(x)):
         for needs in ([True] * (1 + gates), [True, *[False] * gates], [False, *[True] * gates]):
-            grads = [
-                torch.full(t.shape, torch.nan, dtype=dtype) if need else None
-                for t, need in zip([x, *given], needs, strict=True)
-            ]
+            room = [torch.full(t.shape, torch.nan, dtype=dtype) for t in (x, *given)]
+            grads = [t if need else None for t, need in zip(room, needs, strict=True)]
             cuda_backward(source, given, grad, grads)
-            if grads[0] is not None:
-                assert ((grads[0].double() - by_x).abs() <= gates * eps * sizes[1] + unit * by_x.abs() + least).all()
-            for found, wanted, size in zip(grads[1:], by_gates, sizes[0], strict=True):
+            for found, (value, size) in zip(grads, wanted, strict=True):
                 if found is not None:
-                    assert ((found.double() - wanted).abs() <= 16 * eps * size + unit * wanted.abs() + least).all()
+                    allowed = exact.bound(exact.Exact(value.numpy(), size.numpy()), dtype, wide)
+                    exact.assert_close(found, value.numpy(), allowed)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -181,12 +181,7 @@ __device__ void finish(const ConsensusMapArguments &m) {
 template <class T, class A, class G>
 __device__ void make_factors(const G &g, const ConsensusMapArguments &m, long long n, const A *stats, A *grad,
                              A *across, A *factors) {
-#pragma unroll 1
-    for (int q = threadIdx.x; q < g.positions; q += MapThreads) {
-        const int y = q / g.w, x = q - y * g.w;
-        grad[q] = read<T, A>(m.grad_out.data,
-                             n * m.grad_out.stride[0] + y * m.grad_out.stride[2] + x * m.grad_out.stride[3], m.wide);
-    }
+    load_grad<T>(m, n, g.h, g.w, MapThreads, grad);
     __syncthreads();
     // The sum of numbers `step` apart by the share that a cell has in each of `length` places; only those near the cell
     // have one.

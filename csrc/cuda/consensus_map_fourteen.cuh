@@ -123,12 +123,7 @@ __device__ void make_fourteen_factors(const ConsensusMapArguments &m, long long 
                                       float *factors) {
     const int tid = threadIdx.x;
     const float *stats = static_cast<const float *>(m.stats) + n * 3 * FourteenCells;
-#pragma unroll
-    for (int q = tid; q < FourteenPositions; q += FourteenThreads) {
-        const int y = q / 14, x = q - y * 14;
-        grad[q] = read<T, float>(
-            m.grad_out.data, n * m.grad_out.stride[0] + y * m.grad_out.stride[2] + x * m.grad_out.stride[3], m.wide);
-    }
+    load_grad<T>(m, n, 14, 14, FourteenThreads, grad);
     for (int i = tid; i < 3 * FourteenCells; i += FourteenThreads)
         factors[i] = stats[i];
     __syncthreads();
@@ -182,8 +177,8 @@ struct Arriving {
     __device__ void load(const float *channel, int words, int pair) {
 #pragma unroll
         for (int j = 0; j < 3; ++j) {
-            both[j] = channel[(pair + 1) / 3 * words + 6 + j];
-            more[j] = above || below ? channel[(above ? 0 : 2) * words + 6 + j] : 0.0f;
+            both[j] = channel[(pair + 1) / 3 * words + FourteenLeft + j];
+            more[j] = above || below ? channel[(above ? 0 : 2) * words + FourteenLeft + j] : 0.0f;
         }
     }
     // At a position, which is held by one window along the line or by two.

@@ -15,6 +15,7 @@ constexpr int FourteenOwn = FourteenPair + 7; // positions and cells of the seco
 constexpr int FourteenSecond = 49, FourteenThird = 9;
 constexpr int FourteenCells = FourteenPositions + FourteenSecond + FourteenThird;
 constexpr int FourteenLanes = 14; // threads that share a cell of the third scale
+constexpr int FourteenLeft = 6;   // words that a pair of lines leaves in its place; results come behind them
 
 // A half of the threads copies one map, the other half the other one. This is whether a thread copies the second.
 __device__ inline bool of_second_map() { return int(threadIdx.x) >= FourteenThreads / 2; }
@@ -84,8 +85,8 @@ struct Windows {
         add(k, four[0], four[1], above, upper), add(k, four[2], four[3], below, lower);
         return 0.25f * (above + below);
     }
-    // Six words: of both lines, and of the line that one more window takes, the upper one of the third pair and the
-    // lower one of the fifth.
+    // FourteenLeft words: of both lines, and of the line that one more window takes, the upper one of the third pair
+    // and the lower one of the fifth.
     __device__ void leave(int pair, float *to) const {
         float edge[3];
 #pragma unroll
@@ -113,7 +114,7 @@ struct Third {
             at[2] += 3;
         if (i == 2)
             at[0] += 3;
-        to = i * Words + j + 6;
+        to = i * Words + FourteenLeft + j;
         share = 1.0f / float((i == 1 ? 6 : 5) * (j == 1 ? 6 : 5));
     }
     __device__ float mean(const float *channel) const {

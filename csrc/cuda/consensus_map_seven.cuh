@@ -203,11 +203,7 @@ __device__ void make_seven_factors(const ConsensusMapArguments &m, long long n, 
 #pragma unroll
         for (int e = 0; e < 3; ++e)
             three[e] = stats[3 * tid + e];
-    if (tid < SevenPositions) {
-        const int y = tid / 7, x = tid - y * 7;
-        grad[tid] = read<T, float>(
-            m.grad_out.data, n * m.grad_out.stride[0] + y * m.grad_out.stride[2] + x * m.grad_out.stride[3], m.wide);
-    }
+    load_grad<T>(m, n, 7, 7, SevenThreads, grad);
     __syncthreads();
     const auto weigh = [](const float *from, int step, int cell) {
         float sum = 0;

@@ -7,12 +7,21 @@
 namespace m3em {
 namespace {
 
-// The weights of a segment of the positions.
-template <class T, class A>
-__device__ inline void load_segment(const ConsensusPoolArguments &m, long long n, int first, int count, A *weights) {
+// body(first position, positions) for all segments of a sample, whose weights are then there.
+template <class T, class A, class Body>
+__device__ inline void each_segment(const ConsensusPoolArguments &m, long long n, A *weights, const Body &body) {
+    const int p = m.h * m.w;
 #pragma unroll 1
-    for (int q = threadIdx.x; q < count; q += PoolThreads)
-        weights[q] = weight_at<T, A>(m, n, first + q);
+    for (int first = 0; first < p; first += m.segment) {
+        const int count = p - first < m.segment ? p - first : m.segment;
+        if (first)
+            __syncthreads();
+#pragma unroll 1
+        for (int q = threadIdx.x; q < count; q += PoolThreads)
+            weights[q] = weight_at<T, A>(m, n, first + q);
+        __syncthreads();
+        body(first, count);
+    }
 }
 
 // A thread has a pack of channels, and of their positions every so many; four of them are under way at a time.
@@ -28,13 +37,7 @@ __device__ inline void forward_last(const ConsensusPoolArguments &m) {
     const long long next = step_of(m.x, m.w), step = across.groups * next;
     const T *x = sample_of<const T>(m.x, part.n, part.c0) + across.pack * Wide;
     A sums[Wide] = {};
-#pragma unroll 1
-    for (int first = 0; first < p; first += m.segment) {
-        const int count = p - first < m.segment ? p - first : m.segment;
-        if (first)
-            __syncthreads();
-        load_segment<T>(m, part.n, first, count, weights);
-        __syncthreads();
+    each_segment<T>(m, part.n, weights, [&](int first, int count) {
         const T *from = x + (first + across.group) * next;
         const A *weight = weights + across.group;
         int left = across.walks ? count - across.group : 0; // positions from the thread's next one on
@@ -56,7 +59,7 @@ __device__ inline void forward_last(const ConsensusPoolArguments &m) {
                     sums[e] += A(widen(few.at[e])) * one;
             }
         }
-    }
+    });
     if (across.walks)
 #pragma unroll
         for (int e = 0; e < Wide; e += 4)
@@ -88,13 +91,7 @@ __device__ inline void backward_last(const ConsensusPoolArguments &m) {
     T *gx = m.grad_x.data ? sample_of<T>(m.grad_x, part.n, part.c0) : nullptr;
     A *partial = static_cast<A *>(m.partial) + (long long)blockIdx.x * p;
     load_grad_out<T>(m, part, p, PoolThreads, go);
-#pragma unroll 1
-    for (int first = 0; first < p; first += m.segment) {
-        const int count = p - first < m.segment ? p - first : m.segment;
-        if (first)
-            __syncthreads();
-        load_segment<T>(m, part.n, first, count, weights);
-        __syncthreads();
+    each_segment<T>(m, part.n, weights, [&](int first, int count) {
 #pragma unroll 1
         for (int q = warp; q < count; q += Ahead * Warps) {
             A sums[Ahead] = {};
@@ -136,7 +133,7 @@ __device__ inline void backward_last(const ConsensusPoolArguments &m) {
                     partial[first + q + s * Warps] = sum;
             }
         }
-    }
+    });
 }
 
 } // namespace

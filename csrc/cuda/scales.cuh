@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/consensus_map.cuh"
+#include "cuda/slab.cuh"
 
 namespace m3em {
 namespace {
@@ -73,6 +74,17 @@ struct Taps {
     // The weight of one cell.
     __device__ A of(int cell) const { return (cell == low ? A(1) - share : A(0)) + (cell == high ? share : A(0)); }
 };
+
+// The gradient of a sample's result, row by row.
+template <class T, class A>
+__device__ inline void load_grad(const ConsensusMapArguments &m, long long n, int h, int w, int threads, A *to) {
+    const long long *s = m.grad_out.stride;
+#pragma unroll 1
+    for (int q = threadIdx.x; q < h * w; q += threads) {
+        const int y = q / w, x = q - y * w;
+        to[q] = read<T, A>(m.grad_out.data, n * s[0] + y * s[2] + x * s[3], m.wide);
+    }
+}
 
 } // namespace
 } // namespace m3em

@@ -304,6 +304,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (StoreError, ImportError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted.", file=sys.stderr)
+        return 130
     return 0
 
 

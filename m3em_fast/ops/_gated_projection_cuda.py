@@ -4,8 +4,8 @@ Folded weights, the way of the CPU, would be one matrix a sample: 1.8 GB at the 
 of x. The gated operand is twice x, and as it is made in parts it never takes more than ``WORKSPACE``. What is faster
 than this has to multiply on the tensor cores itself; docs/decisions.md has the arithmetic.
 
-A plane of 7x7 half numbers is 98 bytes, and a matrix whose rows begin at any multiple of two bytes is read by the
-libraries' slowest kernels. So in row-major memory the positions of all samples of a part stand side by side, as the
+A plane of 7x7 half numbers is 98 bytes, and cuBLAS asks for rows that begin at multiples of 16 where tensor cores are
+to run at full speed. So in row-major memory the positions of all samples of a part stand side by side, as the
 columns of one matrix whose rows begin at multiples of ``ALIGNMENT``. channels_last memory is such a matrix already, and
 planes of whole multiples need none.
 """
