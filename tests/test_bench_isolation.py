@@ -1,5 +1,6 @@
 """bench/: a provider that kills its process loses its own times and nobody else's; and nothing outlives the end."""
 
+import contextlib
 import json
 import os
 import signal
@@ -179,6 +180,13 @@ def processes(folder):
     return found
 
 
+def command_line(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended since
+        return b""
+
+
 def test_the_command_goes_on_after_a_crash(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(PATCH)
     options = ["--quick", "--no-compile", "--sizes", "7x7", "--json", str(tmp_path / "records.json")]
@@ -201,7 +209,8 @@ def test_the_end_comes_at_once_and_for_all_processes(tmp_path, how):
     process = bench(tmp_path, "consensus_map", *options, start_new_session=True)
     try:
         if how == "Ctrl-C at the start":
-            while not any(b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in processes(tmp_path)):
+            while not any(b"spawn_main" in command_line(pid) for pid in processes(tmp_path)):
+                assert process.poll() is None
                 time.sleep(0.01)
             time.sleep(0.2)  # the child imports torch
         else:
@@ -221,4 +230,5 @@ def test_the_end_comes_at_once_and_for_all_processes(tmp_path, how):
             assert (process.returncode, err) == (130, "bench: interrupted.\n")
     finally:
         for pid in processes(tmp_path):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
