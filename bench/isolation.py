@@ -13,6 +13,7 @@ import signal
 import threading
 import traceback
 from ctypes import c_int
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
@@ -111,8 +112,13 @@ class Child:
         self.turn.value = NOBODY
         arguments = (theirs, self.turn, self.copy_buffer, torch.get_num_threads(), self.device, self.keeps)
         process = SPAWN.Process(target=_serve, args=arguments, daemon=True)
-        process.start()
-        self.process = process
+        resource_tracker.ensure_running()  # when it starts, it lets the signal through
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()  # with the signal blocked: no traceback from the middle of its imports
+            self.process = process
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
 

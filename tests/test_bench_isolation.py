@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -200,6 +201,16 @@ def test_the_command_goes_on_after_a_crash(tmp_path):
         assert record["error"] == ("crashed: SIGSEGV" if fails else None)
         assert (record["p50_ms"] is None) == fails
     assert {record["op"] for record in records} == {"channel_gate", "consensus_pool"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to see what a process blocks")
+def test_no_ctrl_c_reaches_the_child_while_it_imports(child):
+    def blocked(pid):
+        return int(re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16)
+
+    child.copy_bandwidth()
+    assert blocked(child.process.pid) >> signal.SIGINT - 1 & 1
+    assert not blocked(os.getpid()) >> signal.SIGINT - 1 & 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find processes")
