@@ -56,7 +56,7 @@ WAYS = (
     ("consensus_pool", "backward", "no map"),
 )
 # The same of maps in channels_last memory; gated copies as the columns of one matrix, as gated_projection wants them;
-# and the Pearson coefficient: other kernels, which fewer calls need.
+# and the Pearson coefficient: other kernels, or other ways through them, which fewer calls need.
 OTHER_WAYS = (
     *((op, stage, f"{said}, channels_last".removeprefix(", ")) for op, stage, said in WAYS),
     ("channel_gate", "forward", "columns"),

@@ -101,7 +101,7 @@ And of the block:
 {counts}
 
 Of maps in channels_last memory, of gated copies as the columns of one matrix (for `gated_projection`), and of the
-Pearson coefficient (`center`), for which there are the kernels for any map:
+Pearson coefficient (`center`), which the kernels for any map serve:
 
 {others}
 

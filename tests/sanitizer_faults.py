@@ -1,8 +1,9 @@
 """Faults for copies of the device code, and what the simulator and the sanitizers have to say of each."""
 
 WARPS = "tests/simt_warps.cpp"
-KERNEL, TILE, SEVEN, FOURTEEN, LINES = (
-    f"csrc/cuda/consensus_map{part}" for part in (".cu", "_tile.cuh", "_seven.cuh", "_fourteen.cuh", "_lines.cuh")
+KERNEL, TILE, SEVEN, FOURTEEN, LINES, LAST = (
+    f"csrc/cuda/consensus_map{part}"
+    for part in (".cu", "_tile.cuh", "_seven.cuh", "_fourteen.cuh", "_lines.cuh", "_last.cuh")
 )
 SLAB, PACKS = "csrc/cuda/slab.cuh", "csrc/cuda/pool_packs.cuh"
 GATE_LAST, POOL_LAST = "csrc/cuda/gate_last.cuh", "csrc/cuda/pool_last.cuh"
@@ -108,8 +109,8 @@ SEEDED = {
     ),
     "7x7: nobody waits for the copies": (
         SEVEN,
-        "        await_copies();\n        each_pack",
-        "        each_pack",
+        "            await_copies();\n",
+        "",
         "float32 seven few",
         both(UNWAITED),
     ),
@@ -168,6 +169,41 @@ SEEDED = {
         "grad = factors + 3 * FourteenCells + 1;",
         "float16 fourteen few",
         {"address": [OVERFLOW, "WRITE of size 4", "make_fourteen_factors", "simt::launch"]},
+    ),
+    "7x7: a barrier is missing after a channels_last tile": (
+        SEVEN,
+        "channels, tile_a, tile_b);\n            __syncthreads();\n",
+        "channels, tile_a, tile_b);\n",
+        "float16 seven part of a channels_last tile",
+        {"thread": [RACE, "consensus_map_seven.cuh"]},
+    ),
+    "14x14: a barrier is missing after a channels_last tile": (
+        FOURTEEN,
+        "        await_copies();\n        __syncthreads();\n        Lines",
+        "        await_copies();\n        Lines",
+        "float16 fourteen several channels_last tiles",
+        {"thread": [RACE, "consensus_map_last.cuh"]},
+    ),
+    "a column behind the last one": (
+        LAST,
+        "column = at / Beside;",
+        "column = at / Beside + 1;",
+        "float16 seven part of a channels_last tile",
+        {"address": [OVERFLOW, "READ of size 2", "consensus_map_last.cuh"]},
+    ),
+    "a pack of channels behind the last one": (
+        LAST,
+        "* E; c < count)",
+        "* E; c < count + E)",
+        "float32 fourteen part of a channels_last tile",
+        {"address": [OVERFLOW, "READ of size 4", "consensus_map_last.cuh"]},
+    ),
+    "one channel is taken for several": (
+        LAST,
+        "m.d > 1 && ",
+        "m.d > 0 && ",
+        "float32 fourteen one channel",
+        {"address": ["misaligned address", "consensus_map_last.cuh"]},
     ),
     "a barrier is missing before the sums of the gates' gradients": (
         "csrc/cuda/gate_lines.cuh",

@@ -16,6 +16,9 @@ import torch
 
 from m3em_fast import backends
 from m3em_fast.backends import native
+from m3em_fast.ops import _cuda
+from m3em_fast.ops._cpu import DTYPES as NUMBERS
+from op_cases import lay_out
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build/simt"  # what has been built stays, under the name of its contents
@@ -176,20 +179,49 @@ def launched(driver):
 
 def form_of_consensus_map(call, *maps):
     """Which kernels serve a pass that reads and writes these maps: those for 7x7 and 14x14 take three scales of maps
-    whose channels lie one after another, in packs of 16 bytes and nothing else."""
+    that are all contiguous or all channels_last, in packs of 16 bytes and nothing else."""
     first = maps[0]
     _, d, h, w = first.shape
     element = first.element_size()
     options = call.options.get("num_scales") or 3, call.options.get("center", False)
     fits = (h, w) in ((7, 7), (14, 14)) and options == (3, False) and element < 8 and d * h * w * element % 16 == 0
+    rows, last = True, d * element % 16 == 0
     for t in maps:
-        fits = fits and t.stride()[1:] == (h * w, w, 1) and t.data_ptr() % 16 == 0 and t.stride(0) * element % 16 == 0
-    return f"{h}x{w}" if fits else "any"
+        fits = fits and t.data_ptr() % 16 == 0 and t.stride(0) * element % 16 == 0
+        rows = rows and t.stride()[1:] == (h * w, w, 1)
+        _, channel, row, column = t.stride()
+        last = last and channel == 1 and row == w * column and column * element % 16 == 0
+    return f"{h}x{w}" if fits and (rows or last) else "any"
 
 
 def forms_of_consensus_map(forward, backward):
     """Of its three kernels, from which serve its passes: chunks of 14x14 are put together by the kernel for any map."""
     return [forward, "any" if forward == "14x14" else forward, backward]
+
+
+def forms(driver):
+    """Of the kernels since the last time, one after the other."""
+    return [name.rsplit("_", 1)[1] for name in launched(driver)]
+
+
+def consensus_map_forward(a, b):
+    """consensus_map's result and what its backward is left with: (N, cells, 3), the cells of the finest scale first."""
+    n, d, h, w = shape = a.shape
+    workspace, size, _ = native.cuda_consensus_map_needs(NUMBERS[a.dtype], d, h, w, 3, False)
+    module, stream = _cuda.loaded("consensus_map", a)
+    out, stats, partial = a.new_empty((n, 1, h, w)), torch.empty(n, size // 3, 3), torch.empty(n * workspace)
+    ends = stats.data_ptr(), partial.data_ptr(), shape, 3, False, 1e-8
+    native.cuda_consensus_map_forward(module, stream, a, b, out, *ends)
+    return out, stats
+
+
+def consensus_map_backward(a, b, grad, stats, layouts=("contiguous", "contiguous")):
+    """Gradients in these layouts; None for one that is not wanted."""
+    module, stream = _cuda.loaded("consensus_map", a)
+    found = [layout and lay_out(torch.full(a.shape, torch.nan, dtype=a.dtype), layout) for layout in layouts]
+    ends = stats.data_ptr(), a.shape, 3, False, 1e-8
+    native.cuda_consensus_map_backward(module, stream, a, b, grad, *found, *ends)
+    return found
 
 
 def orders_that_catch(driver, run):

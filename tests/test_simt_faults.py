@@ -27,14 +27,14 @@ SEVEN = {
         "        await_copies();\n        __syncthreads();\n        if (tid",
         "        await_copies();\n        if (tid",
     ),
-    "forward: nobody waits for the copies": ("        await_copies();\n        each_pack", "        each_pack"),
+    "forward: nobody waits for the copies": ("            await_copies();\n", ""),
     "backward: nobody waits for the copies": (
         "        await_copies();\n        __syncthreads();\n        if (tid",
         "        __syncthreads();\n        if (tid",
     ),
     "the forward waits for the copies of its first tile alone": (
-        "        await_copies();\n        each_pack",
-        "        if (first == 0)\n            await_copies();\n        each_pack",
+        "            await_copies();\n",
+        "            if (first == 0)\n                await_copies();\n",
     ),
     "a barrier is missing before the pooled values are read": (
         "cells[c][i];\n        __syncthreads();\n#pragma unroll\n        for (int turn",
@@ -144,7 +144,7 @@ FOURTEEN = {
     "the other map's ratio": ("second_a[k] = f[0] * vb - f[1] * va", "second_a[k] = f[0] * vb - f[2] * va"),
     "a neighbour is left out": ("of(i, x / 4 - 1) + of(i, x / 4)", "of(i, x / 4)"),
     "the other line of a pair": ("(i < 14 ? above : below)", "(i < 14 ? below : above)"),
-    "a pack of one gradient is not written": ("        if (to)\n", "        if (to && (!second || first))\n"),
+    "a pack of one gradient is not written": ("        else if (to)\n", "        else if (to && (!second || first))\n"),
 }
 # By the maps' side: the kernels' files, and channels of which one chunk has several tiles and a part of one.
 CASES = {

@@ -63,7 +63,8 @@ def same(one, other):
 def test_values_and_gradients(driver, call, dtype, shape):
     tensors = last(random_tensors(call, *shape, dtype))
     check("simt", call, tensors, grad=gradient(call, tensors))
-    assert all(name.endswith("_any") for name in launched(driver))
+    special = call is MAP and shape[2:] in ((7, 7), (14, 14))
+    assert {name.endswith("_any") for name in launched(driver)} >= {not special}
 
 
 @PACKED

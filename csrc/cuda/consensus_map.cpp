@@ -22,11 +22,14 @@ ConsensusMapArguments arguments_of(const ConsensusMap &given) {
 
 // The kernels that serve all maps that are there.
 MapForm form_of(const ConsensusMapArguments &m, const ConsensusMap &given) {
-    const int element = element_of(given.a.dtype);
-    for (const Tensor *t : {&given.a, &given.b, &given.grad_a, &given.grad_b})
-        if (!in_rows(*t, m.d, m.h, m.w) || !in_packs(map_of(*t), 16 / element))
-            return MapForm::any;
-    return ConsensusMapPlan::form_of(m, element);
+    const int element = element_of(given.a.dtype), wide = 16 / element;
+    bool rows = true, last = m.d % wide == 0;
+    for (const Tensor *t : {&given.a, &given.b, &given.grad_a, &given.grad_b}) {
+        const Map map = map_of(*t);
+        rows = rows && in_rows(*t, m.d, m.h, m.w) && in_packs(map, wide);
+        last = last && last_in_packs(map, m.h, m.w, wide);
+    }
+    return rows || last ? ConsensusMapPlan::form_of(m, element) : MapForm::any;
 }
 
 enum Stage { partial, finish, backward };

@@ -330,7 +330,8 @@ __device__ void backward(const ConsensusMapArguments &m) {
     M3EM_CONSENSUS_MAP(backward_##dtype##_any, m3em::MapThreads, sizeof(T) > 4 ? 2 : m3em::MapBackwardBlocks,          \
                        m3em::backward<T>)
 #define M3EM_CONSENSUS_MAP_SEVEN(dtype, T)                                                                             \
-    M3EM_CONSENSUS_MAP(partial_##dtype##_7x7, m3em::SevenThreads, m3em::SevenForwardBlocks, m3em::partial_seven<T>)    \
+    M3EM_CONSENSUS_MAP(partial_##dtype##_7x7, m3em::SevenThreads, m3em::seven_forward_blocks(sizeof(T)),               \
+                       m3em::partial_seven<T>)                                                                         \
     M3EM_CONSENSUS_MAP(finish_##dtype##_7x7, m3em::FinishThreads, 16, m3em::finish<T, m3em::FinishThreads, 7, 7, 3>)   \
     M3EM_CONSENSUS_MAP(backward_##dtype##_7x7, m3em::SevenThreads, m3em::SevenBackwardBlocks, m3em::backward_seven<T>)
 // Of 14x14 the chunks are put together by `finish` for any map.

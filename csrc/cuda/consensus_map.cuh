@@ -18,9 +18,11 @@ constexpr int MaxScales = 16;
 // The kernels for 7x7 maps. A row is 49 words, so it holds one channel of float or two of half.
 constexpr int SevenThreads = 128, SevenPositions = 49;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr int SevenForwardBlocks = 3, SevenBackwardBlocks = 3; // as many as the shared memory of a V100 holds
+__host__ __device__ constexpr int seven_forward_blocks(int) { return 3; } // what the shared memory of a V100 holds
+constexpr int SevenBackwardBlocks = 3;
 #else
-constexpr int SevenForwardBlocks = 6, SevenBackwardBlocks = 4;
+__host__ __device__ constexpr int seven_forward_blocks(int element) { return element == 4 ? 6 : 5; }
+constexpr int SevenBackwardBlocks = 4;
 #endif
 constexpr int SevenForwardRows = 64, SevenBackwardRows = 32; // of each map in shared memory at a time
 // Words between what belongs to both maps, so that the same row of both begins in other banks.

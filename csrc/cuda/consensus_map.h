@@ -34,7 +34,7 @@ struct ConsensusMapPlan {
         workspace = (long long)m.n * m.chunks * cells * sums;
     }
 
-    // The kernels that there are for these sizes, if the maps hold their channels one after another in whole packs.
+    // The kernels that there are for these sizes, if the maps are contiguous or channels_last in whole packs.
     static MapForm form_of(const ConsensusMapArguments &m, int element) {
         const bool packs = m.d > 0 && (long long)m.d * m.h * m.w * element % 16 == 0;
         if (element == 8 || m.h != m.w || m.scales != 3 || m.center || !packs)

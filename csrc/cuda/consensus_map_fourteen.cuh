@@ -1,4 +1,4 @@
-// consensus_map of 14x14 maps at three scales, whose channels lie one after another.
+// consensus_map of 14x14 maps at three scales, contiguous or channels_last.
 //
 // A thread has two lines of a channel, 28 numbers, and in every step the same two: 126 threads are eighteen channels.
 // Two lines are seven units of four numbers. Seven is odd, so threads that read their lines side by side meet no bank
@@ -7,12 +7,17 @@
 // three threads leave behind, two whole pairs of lines and a third one, or the one line of it that the window takes.
 #pragma once
 
+#include "cuda/consensus_map_last.cuh"
 #include "cuda/consensus_map_lines.cuh"
 #include "cuda/scales.cuh"
 #include "cuda/sums.cuh"
 
 namespace m3em {
 namespace {
+
+// The steps of a tile out of channels_last memory are pairs of channels.
+template <class T, int Channels>
+using FourteenLast = LastTile<T, 14, Channels, 2>;
 
 // Sums of one chunk of one sample.
 template <class T>
@@ -22,7 +27,7 @@ __device__ void partial_fourteen(const ConsensusMapArguments &m) {
     T *const tile_a = reinterpret_cast<T *>(memory), *const tile_b = tile_a + Tile * FourteenPositions;
     const int tid = threadIdx.x, pair = tid % FourteenPairs, group = tid % FourteenLanes;
     const Part part(m.chunk, m.chunks, m.d);
-    const bool second = of_second_map();
+    const bool second = of_second_map(), last = are_last(m);
     const T *from = sample_of<const T>(second ? m.b : m.a, part.n, part.c0);
     T *const copied = second ? tile_b : tile_a;
     const Third<T> third(tid / FourteenLanes);
@@ -34,7 +39,10 @@ __device__ void partial_fourteen(const ConsensusMapArguments &m) {
         const int channels = part.count - first < Tile ? part.count - first : Tile;
         if (first)
             __syncthreads();
-        each_pack_of_half<T, Tile>(channels, [&](int i) { copy_pack(copied + i, from + i); });
+        if (last)
+            FourteenLast<T, Tile>::load(m, part.n, part.c0 + first, channels, tile_a, tile_b);
+        else
+            each_pack_of_half<T, Tile>(channels, [&](int i) { copy_pack(copied + i, from + i); });
         from += Tile * FourteenPositions;
         await_copies();
         __syncthreads();
@@ -202,7 +210,7 @@ __device__ void backward_fourteen(const ConsensusMapArguments &m) {
     const int cell = tid / FourteenLanes;
     const Third<T> third(cell);
     const Part part(m.chunk, m.chunks, m.d);
-    const bool second = of_second_map();
+    const bool second = of_second_map(), last = are_last(m);
     const Map &map = second ? m.b : m.a, &gradient = second ? m.grad_b : m.grad_a;
     const T *from = sample_of<const T>(map, part.n, part.c0);
     T *to = gradient.data ? sample_of<T>(gradient, part.n, part.c0) : nullptr;
@@ -214,7 +222,10 @@ __device__ void backward_fourteen(const ConsensusMapArguments &m) {
     for (int first = 0; first < part.count; first += Tile) {
         const int channels = part.count - first < Tile ? part.count - first : Tile;
         const bool there = tid < FourteenActive && mine < channels;
-        each_pack_of_half<T, Tile>(channels, [&](int i) { copy_pack(copied + i, from + i); });
+        if (last)
+            FourteenLast<T, Tile>::load(m, part.n, part.c0 + first, channels, tile_a, tile_b);
+        else
+            each_pack_of_half<T, Tile>(channels, [&](int i) { copy_pack(copied + i, from + i); });
         if (first == 0) // while the tiles are on their way
             make_fourteen_factors<T>(m, part.n, grad, grad + FourteenPositions, factors);
         await_copies();
@@ -274,7 +285,9 @@ __device__ void backward_fourteen(const ConsensusMapArguments &m) {
         __syncthreads();
         // The next tile is copied to where the same thread reads now.
         constexpr int Wide = 16 / sizeof(T);
-        if (to)
+        if (last)
+            FourteenLast<T, Tile>::store(m, part.n, part.c0 + first, channels, tile_a, tile_b);
+        else if (to)
             each_pack_of_half<T, Tile>(channels, [&](int i) { store<Wide>(to + i, load<Wide>(copied + i)); });
         from += Tile * FourteenPositions, to = to ? to + Tile * FourteenPositions : nullptr;
     }

@@ -1,7 +1,7 @@
-// consensus_map of 7x7 maps at three scales, whose channels lie one after another: the maps of the field's backbones.
+// consensus_map of 7x7 maps at three scales, contiguous or channels_last: the maps of the field's backbones.
 //
 // What limits a card here is what it does for a number, not only the bytes. A tile of channels comes 16 bytes at a time
-// and lies in shared memory as it came. Each thread meets the same positions in every step (walkers() in
+// and lies in shared memory channel by channel. Each thread meets the same positions in every step (walkers() in
 // cuda/arguments.cuh), so the sums of the positions stay in its registers. Pooling is done by rows of 49 words, a
 // channel of float or two of half, one thread a row: 49 is odd, so no bank is met twice, and every pooled value is made
 // with additions alone. In the backward the same threads turn a row's pooled gradients into the 25 sums that its 49
@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cuda/async.cuh"
+#include "cuda/consensus_map_last.cuh"
 #include "cuda/scales.cuh"
 #include "cuda/slab.cuh"
 #include "cuda/sums.cuh"
@@ -48,6 +49,9 @@ __device__ inline void each_pack(int packs, const Body &body) {
             body(s, (int(threadIdx.x) + s * S::Active) * S::Wide);
     }
 }
+
+template <class T, int Rows>
+using SevenLast = LastTile<T, 7, Rows * Seven<T>::Channels, Seven<T>::Wide>;
 
 // Both maps to shared memory.
 template <class T, int Rows>
@@ -105,6 +109,7 @@ __device__ void partial_seven(const ConsensusMapArguments &m) {
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
     const Part part(m.chunk, m.chunks, m.d);
     const T *a = sample_of<const T>(m.a, part.n, part.c0), *b = sample_of<const T>(m.b, part.n, part.c0);
+    const bool last = are_last(m);
     float own[3][S::Wide] = {}; // a*b, a*a, b*b at this thread's positions
     Sums<float> pooled[Turns];  // of this lane's rows, for every fourth cell
 #pragma unroll
@@ -116,10 +121,15 @@ __device__ void partial_seven(const ConsensusMapArguments &m) {
         const int packs = channels * SevenPositions / S::Wide;
         if (first)
             __syncthreads();
-        const long long from = (long long)first * SevenPositions;
-        copy_tiles<T, SevenForwardRows>(a + from, b + from, tile_a, tile_b, packs);
-        await_copies();
-        each_pack<T, SevenForwardRows>(packs, [&](int, int i) { // what the thread has copied itself
+        if (last) {
+            SevenLast<T, SevenForwardRows>::load(m, part.n, part.c0 + first, channels, tile_a, tile_b);
+            __syncthreads();
+        } else {
+            const long long from = (long long)first * SevenPositions;
+            copy_tiles<T, SevenForwardRows>(a + from, b + from, tile_a, tile_b, packs);
+            await_copies();
+        }
+        each_pack<T, SevenForwardRows>(packs, [&](int, int i) { // contiguous: what the thread has copied itself
             const Few<T, S::Wide> of_a = load<S::Wide>(tile_a + i), of_b = load<S::Wide>(tile_b + i);
 #pragma unroll
             for (int e = 0; e < S::Wide; ++e) {
@@ -274,12 +284,16 @@ __device__ void backward_seven(const ConsensusMapArguments &m) {
     const int tid = threadIdx.x;
     const Part part(m.chunk, m.chunks, m.d);
     const T *a = sample_of<const T>(m.a, part.n, part.c0), *b = sample_of<const T>(m.b, part.n, part.c0);
+    const bool last = are_last(m);
 #pragma unroll 1
     for (int first = 0; first < part.count; first += Tile) {
         const int channels = part.count - first < Tile ? part.count - first : Tile, rows = channels / S::Channels;
         const int packs = channels * SevenPositions / S::Wide;
         const long long from = (long long)first * SevenPositions;
-        copy_tiles<T, Rows>(a + from, b + from, tile_a, tile_b, packs);
+        if (last)
+            SevenLast<T, Rows>::load(m, part.n, part.c0 + first, channels, tile_a, tile_b);
+        else
+            copy_tiles<T, Rows>(a + from, b + from, tile_a, tile_b, packs);
         if (first == 0) // while the tiles are on their way
             make_seven_factors<T>(m, part.n, grad, grad + SevenPositions, factors);
         await_copies();
@@ -325,11 +339,19 @@ __device__ void backward_seven(const ConsensusMapArguments &m) {
                 made_a.at[e] = narrow<T>(f[0][e] * vb - f[1][e] * va + spread_a[at]);
                 made_b.at[e] = narrow<T>(f[0][e] * va - f[2][e] * vb + spread_b[at]);
             }
+            if (last) {
+                store<S::Wide>(tile_a + i, made_a), store<S::Wide>(tile_b + i, made_b);
+                return;
+            }
             if (grad_a)
                 store<S::Wide>(grad_a + i, made_a);
             if (grad_b)
                 store<S::Wide>(grad_b + i, made_b);
         });
+        if (last) {
+            __syncthreads();
+            SevenLast<T, Rows>::store(m, part.n, part.c0 + first, channels, tile_a, tile_b);
+        }
     }
 }
 
