@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 
+import exact
 import simt_cases
 from m3em_fast import backends
 from op_cases import HALF, Call, check, lay_out, random_grad, random_tensors
@@ -77,16 +78,15 @@ def test_maps_of_both_layouts(driver, dtype, side, d):
     """A pass that has one of each is for the kernels for any map."""
     a, b, grad = given(dtype, side, d)
     both = "contiguous", "channels_last"
-    out, stats, *gradients = results(a, b, grad, ["contiguous"] * 2)
-    bound = 16 * torch.finfo(dtype).eps
-    driver.log()
+    exactly = [CALL.exact([a, b]), *CALL.exact_gradients([a, b], grad)]
     for first, second, *layouts in itertools.product(both, both, (None, *both), (None, *both)):
         if layouts == [None, None]:
             continue
-        found = results(lay_out(a, first), lay_out(b, second), grad, layouts)
-        kept = [g for g, layout in zip(gradients, layouts, strict=True) if layout]
-        for one, other in zip(found, [out, stats, *kept], strict=True):
-            assert (one - other).abs().max() <= bound * other.abs().max(), (first, second, layouts)
+        out, stats = consensus_map_forward(lay_out(a, first), lay_out(b, second))
+        gradients = consensus_map_backward(lay_out(a, first), lay_out(b, second), grad, stats, layouts)
+        for found, wanted in zip([out, *gradients], exactly, strict=True):
+            if found is not None:
+                exact.assert_close(found, wanted.value, exact.bound(wanted, dtype, torch.float32))
         forward = f"{side}x{side}" if first == second else "any"
         alike = {first, second, *layouts} - {None} in ({"contiguous"}, {"channels_last"})
         assert forms(driver) == forms_of_consensus_map(forward, f"{side}x{side}" if alike else "any")
