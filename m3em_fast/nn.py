@@ -133,7 +133,8 @@ class SemanticMutualRefinement(nn.Module):
         """
         _check_features("SemanticMutualRefinement", pooled, self.channels, 2)
         # Gates that torch.ao has quantized dynamically have no parameters, and take float32.
-        dtype = next((weight.dtype for weight in self.parameters()), torch.float32)
+        dtypes = [weight.dtype for weight in self.parameters()]  # next() with a default is beyond Dynamo of torch 2.7
+        dtype = dtypes[0] if dtypes else torch.float32
         inputs = {name: pooled[name].to(dtype) for name in self.channels}
         gates = {}
         for name in self.channels:

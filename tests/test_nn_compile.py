@@ -1,8 +1,10 @@
 """The whole module under what PyTorch puts around a model: compiled, exported, checkpointed, packaged ahead of time."""
 
+import ast
 import copy
 import io
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,3 +150,12 @@ def test_packaged_ahead_of_time(name, tmp_path):
         packaged = torch._inductor.aoti_load_package(path)
         for n in (3, 6):
             assert_close(packaged(*draw(n).values()), module(*draw(n).values()))
+
+
+@pytest.mark.parametrize("name", ["nn", "reference", *(f"ops/{op}" for op in m3em_fast.ops.__all__)])
+def test_nothing_that_is_traced_is_beyond_the_oldest_dynamo(name):
+    """next() with a default fails under torch 2.7; `make test-oldest` runs there, this test everywhere."""
+    path = Path(m3em_fast.__file__).parent / f"{name}.py"
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    lines = [node.lineno for node in calls if getattr(node.func, "id", "") == "next" and len(node.args) > 1]
+    assert calls and not lines, f"{path.name}: next() with a default in lines {lines}"

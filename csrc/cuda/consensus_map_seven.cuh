@@ -348,7 +348,7 @@ __device__ void backward_seven(const ConsensusMapArguments &m) {
             if (grad_b)
                 store<S::Wide>(grad_b + i, made_b);
         });
-        if (last) {
+        if (last) { // the next tile comes to where the same thread reads now
             __syncthreads();
             SevenLast<T, Rows>::store(m, part.n, part.c0 + first, channels, tile_a, tile_b);
         }
